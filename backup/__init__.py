@@ -1,0 +1,1 @@
+"""How a machine is kept, and proven to come back."""

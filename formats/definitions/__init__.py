@@ -1,0 +1,1 @@
+"""VM definitions: one module a platform."""

@@ -1,0 +1,1 @@
+"""What lies on a disk: partition tables, file systems' used blocks, LVM."""

@@ -1,0 +1,1 @@
+"""How a machine is taken, moved and made to boot."""

@@ -1,0 +1,1 @@
+"""Origins: where machines are taken from."""

@@ -1,0 +1,1 @@
+"""What a machine is booted on, and the verdict on it."""
