@@ -29,6 +29,9 @@ class Secret:
     def __repr__(self) -> str:
         return "Secret(...)"
 
+    def __reduce__(self) -> str:
+        raise TypeError("a secret is not serialised")
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Secret) and self._value == other._value
 
