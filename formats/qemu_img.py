@@ -44,10 +44,14 @@ _STOP_SECONDS = 300.0  # for cached writes to reach a slow disk when a server en
 
 # The shell becomes the program (same process id). Its background child waits on the pipe whose other end only this process
 # holds: a line dismisses it, end of file means that this process is gone. A parent-death signal would be tied to the
-# *thread* that started the program, and cannot be set without running code between fork and exec.
+# *thread* that started the program, and cannot be set without running code between fork and exec. The signal is repeated
+# because qemu-nbd forgets one that comes before its main loop runs.
 _GUARDED = """
 exec 3<&0 </dev/null
-( read -r _ <&3 || { kill -TERM $$; [ -z "$P2V_REMOVE" ] || rm -rf -- "$P2V_REMOVE"; } ) >/dev/null 2>&1 &
+( read -r _ <&3 || {
+    [ -z "$P2V_REMOVE" ] || rm -rf -- "$P2V_REMOVE"
+    for _ in 1 2 3 4 5; do kill -TERM $$ || exit; sleep 1; done
+} ) >/dev/null 2>&1 &
 exec "$@" 3<&-
 """
 
@@ -277,8 +281,10 @@ class Server:
             if (code := self._process.popen.poll()) is not None:
                 raise _failure("qemu-nbd", _Result(code, b"", self.last_words()), self.image)
             with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+                probe.settimeout(1)
                 probe.connect(str(self._socket))
-                return
+                if probe.recv(8) == b"NBDMAGIC":  # sent by the main loop: from here on it also obeys signals
+                    return
             if time.monotonic() > deadline:
                 text = f"qemu-nbd did not open {self.image} within {_START_SECONDS:.0f} s"
                 raise ImageToolError(text, subject=str(self.image))
@@ -374,12 +380,12 @@ class _Guarded:
 
     def end(self, patience: float) -> int:
         """Ask the program to end, wait, kill it after ``patience`` seconds; returns its exit code. Idempotent."""
-        if self.popen.poll() is None:
-            self.popen.terminate()
-            try:
-                self.popen.wait(patience)
-            except subprocess.TimeoutExpired:
-                self.popen.kill()
+        deadline = time.monotonic() + patience
+        while self.popen.poll() is None:
+            late = time.monotonic() > deadline
+            self.popen.kill() if late else self.popen.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.popen.wait(1)
         code = self.popen.wait()
         if self.popen.stdin is not None and not self.popen.stdin.closed:
             with contextlib.suppress(OSError):
