@@ -48,6 +48,10 @@ class CommandError(HostError):
     exit_code: ClassVar[int] = 34
 
 
+class PythonMissingError(CommandError):
+    """The host has no Python that can run the disk agent; disks can still be read with dd."""
+
+
 class DiskVanishedError(HostError):
     """A disk of the source went away or changed its size while it was read (exit 35)."""
 
