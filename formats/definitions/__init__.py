@@ -219,7 +219,8 @@ PLATFORMS: Mapping[str, PlatformProfile] = {
             formats={"vhdx": 64 * _TIB, "vhd": 2040 * _GIB},
             subformats={"vhdx": "dynamic", "vhd": "dynamic"},
             firmware_formats={Firmware.UEFI: ("vhdx",)},
-            buses={Bus.IDE: BusTraits(slots=3), Bus.SCSI: BusTraits(slots=64)},
+            # Generation 1 boots from IDE, which has room for three; its further disks go to SCSI.
+            buses={Bus.IDE: BusTraits(slots=67), Bus.SCSI: BusTraits(slots=64)},
             boot_buses={Firmware.BIOS: (Bus.IDE,), Firmware.UEFI: (Bus.SCSI,)},
             nics=("synthetic", "legacy"),
             cpus_most=64,
