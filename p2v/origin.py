@@ -1,0 +1,58 @@
+"""What a SOURCE on the command line means."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from formats.capture import Origin
+from formats.errors import ImageUnsupportedError, UsageError
+from p2v.config import secret
+
+if TYPE_CHECKING:
+    from p2v.console import Console
+
+_SSH = re.compile(r"(?:ssh://)?(?:[^@/\s]+@)(?:\[[0-9A-Fa-f:.]+\]|[^:/\s]+)(?::\d+)?/?")
+_LATER = ("vsphere://", "libvirt://", "qmp:")
+
+
+class OpenOrigin(Origin, Protocol):
+    """An origin that also cleans up after killed runs."""
+
+    def cleanup(self) -> list[str]:
+        """Remove what killed runs left there and say what that was."""
+        ...
+
+
+@contextlib.contextmanager
+def open_origin(
+    source: str, identity: Path | None, known_hosts: Path | None, console: Console, *, disk_format: str = ""
+) -> Iterator[OpenOrigin]:
+    """Open what ``source`` names; notices go to ``console``. ``UsageError`` when it names nothing that can be opened."""
+    if source.startswith(_LATER):
+        scheme = source.split(":", 1)[0]
+        raise ImageUnsupportedError(f"{scheme} sources cannot be read yet", advice="Use SSH into the machine, or its disk image.")
+    if Path(source).exists() and "://" not in source:
+        from p2v.collect.files import FileOrigin
+
+        yield FileOrigin(Path(source), disk_format=disk_format or None)
+        return
+    if not _SSH.fullmatch(source):
+        raise UsageError(
+            f"{source!r} is neither a file nor a host", advice="Name a host as root@HOST or ssh://USER@HOST:PORT, or the path of an image."
+        )
+    from p2v.collect.ssh import SshOrigin
+    from p2v.session import SshTarget
+
+    target = SshTarget.parse(
+        source,
+        identity=identity,
+        known_hosts=known_hosts,
+        password=secret("P2V_SSH_PASSWORD"),
+        sudo_password=secret("P2V_SUDO_PASSWORD"),
+    )
+    with SshOrigin(target, notice=console.notice) as origin:
+        yield origin
