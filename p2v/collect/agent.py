@@ -7,6 +7,7 @@ while the link is slower than compressing.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import struct
@@ -26,6 +27,7 @@ from p2v.session import RemoteProcess, Session
 _SLOTS = 64  # requests in flight on one channel; the other side takes MAX_QUEUE
 _MAX_REPLY = wire.MAX_READ + 4 + 8 * (wire.MAX_READ // wire.PAGE + 1)
 _NOISE = 64 << 10  # bytes that a login script may print before the agent speaks
+_LEAVE_SECONDS = 5.0
 _NO_PYTHON = 96
 _NAMES = "python3 /usr/libexec/platform-python /usr/bin/python3 " + " ".join(f"python3.{n}" for n in range(14, 3, -1))
 
@@ -257,11 +259,14 @@ class Channel:
             request.finish(self._failure)
 
     def close(self) -> None:
-        """Let the agent leave; requests in flight fail."""
+        """Let the agent leave; requests in flight fail. One that cannot hear us leaves by itself."""
         with self._lock:
             self._closing = True
         self._fail(ValueError("the agent is closed"))
         self.process.close_input()
+        if not isinstance(self._failure, LinkLostError):
+            with contextlib.suppress(TimeoutError, ToolkitError):
+                self.process.wait(_LEAVE_SECONDS)
         self.process.kill()
         if self._reader is not None:
             self._reader.join(5.0)
@@ -300,7 +305,7 @@ class Agent:
         ``PythonMissingError`` when the host has no Python >= 3.4 (then ``DdDisk`` is the way), ``PrivilegeError`` when root cannot be had.
         After ``silence`` seconds without a sign of life either side gives up: here with ``LinkLostError``.
         """
-        script = resources.files("p2v.collect").joinpath("remote_agent.py").read_bytes()
+        script = _script()
         command = _BOOTSTRAP.format(
             names=_NAMES, size=len(script), silence=silence, workers=workers, mode=compress, no_python=_NO_PYTHON
         )
@@ -407,6 +412,11 @@ class Agent:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _script() -> bytes:
+    """The text of the agent."""
+    return resources.files("p2v.collect").joinpath("remote_agent.py").read_bytes()
 
 
 def _zero(buffer: memoryview, start: int, end: int) -> None:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import shlex
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -37,6 +38,29 @@ _PACKET = 256 << 10  # largest SSH packet asked for: the cost of the Python path
 _WINDOW = 2 << 20  # paramiko's default; larger windows were slower at the sending side
 _CHUNK = 4 << 20
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+# TERM, and KILL for what is still there a second later.
+_END = """\
+for s in TERM KILL; do
+  n=
+  for p in /proc/[0-9]*; do
+    grep -qsF {token} "$p/environ" && kill -s $s "${{p#/proc/}}" && n=1
+  done
+  [ -n "$n" ] || break
+  sleep 1
+done 2>/dev/null"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a command is run as somebody: what comes before it, and what sudo reads first from standard input."""
+
+    prefix: str
+    password: bytes = field(repr=False)
+
+
+_AS_USER = _Way("", b"")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +100,11 @@ class RemoteProcess:
         transport: paramiko.Transport,
         label: str,
         *,
+        end: Callable[[], None],
         silence: float | None = None,
     ) -> None:
-        self._channel, self._transport, self._label = channel, transport, label
+        self._channel, self._transport, self._label, self._end = channel, transport, label, end
+        self._silent = False
         self._rest = memoryview(b"")
         self._stderr: deque[bytes] = deque()
         self._stderr_size = 0
@@ -157,12 +183,14 @@ class RemoteProcess:
         return self._channel.exit_status
 
     def kill(self) -> None:
-        """Signal the process to end (OpenSSH 7.9 and later pass that on) and close its streams; harmless when it has ended."""
-        if not self._channel.closed and not self._channel.exit_status_ready():
-            with contextlib.suppress(OSError, EOFError):
-                self._transport._send_user_message(  # type: ignore[attr-defined]  # no public call sends this
-                    _signal_message(self._channel.remote_chanid, "TERM")
-                )
+        """End the process and its children if they still run, and close its streams; harmless when it has ended.
+
+        Where the link is cut nothing can be done from here: the process loses its streams.
+        """
+        running = not self._channel.closed and not self._channel.exit_status_ready()
+        if running and not self._silent and self._transport.is_active():
+            with contextlib.suppress(HostError):
+                self._end()
         with contextlib.suppress(OSError, EOFError):
             self._channel.close()
 
@@ -178,6 +206,10 @@ class RemoteProcess:
         """Bound every later wait for the process by ``silence`` seconds."""
         self._channel.settimeout(silence)
 
+    def forgive(self) -> None:
+        """Take silence for the command's own, not for a lost link, so that ``kill`` tries to end it."""
+        self._silent = False
+
     def _raise_if_cut(self) -> None:
         if self._channel.exit_status_ready() and self._channel.exit_status >= 0:
             return
@@ -188,6 +220,7 @@ class RemoteProcess:
             raise self._lost("the connection broke")
 
     def _lost(self, what: str) -> LinkLostError:
+        self._silent = True
         return _link_lost(self._label, what)
 
     def _last_words(self) -> str:
@@ -206,7 +239,7 @@ class Session:
         self._lock = threading.Lock()
         self._root_lock = threading.Lock()
         self._commands = threading.BoundedSemaphore(_SESSIONS)
-        self._sudo: tuple[str, bytes] | None = None
+        self._sudo: _Way | None = None
         self._closed = False
 
     @classmethod
@@ -246,9 +279,9 @@ class Session:
         bytes of output, always. ``LinkLostError`` when the link is cut.
         """
         asked = command if isinstance(command, str) else shlex.join(command)
-        line, prefix = self._elevated(asked) if root else (_shell(asked), b"")
+        way = self._root() if root else _AS_USER
         with self._commands:
-            result = self._run(asked, line, prefix + input, timeout, limit)
+            result = self._run(asked, way, input, timeout, limit)
         if check and result.exit_code != 0:
             raise CommandError(
                 f"`{asked}` ended with exit code {result.exit_code} on {self.host}: {result.error_text[-500:] or 'it said nothing'}",
@@ -257,10 +290,10 @@ class Session:
             )
         return result
 
-    def _run(self, asked: str, line: str, content: bytes, timeout: float, limit: int) -> CommandResult:
+    def _run(self, asked: str, way: _Way, content: bytes, timeout: float, limit: int) -> CommandResult:
         started = time.monotonic()
-        process = self._process(line, 0, None)
-        feeder = threading.Thread(target=_feed, args=(process, content), name="ssh-stdin", daemon=True)
+        process = self._process(asked, way, 0, None)
+        feeder = threading.Thread(target=_feed, args=(process, way.password + content), name="ssh-stdin", daemon=True)
         output = bytearray()
         try:
             feeder.start()
@@ -271,6 +304,7 @@ class Session:
                     piece = process.read(_CHUNK)
                 except LinkLostError as error:
                     if isinstance(error.__cause__, TimeoutError):
+                        process.forgive()
                         raise self._too_late(asked, timeout) from error
                     raise
                 if not piece:
@@ -308,19 +342,20 @@ class Session:
         ``silence``: seconds after which a read or write that moves no byte raises ``LinkLostError``. Use ``kill`` or ``wait`` in the end.
         """
         asked = command if isinstance(command, str) else shlex.join(command)
-        line, prefix = self._elevated(asked) if root else (_shell(asked), b"")
-        process = self._process(line, lane, silence)
-        if prefix:
-            process.write(prefix)
+        way = self._root() if root else _AS_USER
+        process = self._process(asked, way, lane, silence)
+        if way.password:
+            process.write(way.password)
         return process
 
-    def _process(self, line: str, lane: int, silence: float | None) -> RemoteProcess:
+    def _process(self, asked: str, way: _Way, lane: int, silence: float | None) -> RemoteProcess:
         import paramiko
 
         transport = self._lane(lane)
+        token = "P2V_RUN=" + secrets.token_hex(8)
         try:
             channel = transport.open_session(window_size=_WINDOW, max_packet_size=_PACKET, timeout=_ANSWER_SECONDS)
-            channel.exec_command(line.encode())
+            channel.exec_command((way.prefix + _shell(token, asked)).encode())
         except paramiko.ChannelException as error:
             raise HostError(
                 f"{self.host} opens no more sessions on this connection: {error}",
@@ -329,7 +364,12 @@ class Session:
             ) from error
         except (paramiko.SSHException, OSError, EOFError) as error:
             raise _link_lost(self.host, "the connection broke") from error
-        return RemoteProcess(channel, transport, self.host, silence=silence)
+        return RemoteProcess(channel, transport, self.host, end=lambda: self._end(token, way), silence=silence)
+
+    def _end(self, token: str, way: _Way) -> None:
+        """End every process that carries ``token`` in its environment: SSH itself passes no signals to root's."""
+        # Not counted by the semaphore: whoever ends a command still holds its own place there.
+        self._run(_END.format(token=token), way, b"", _ANSWER_SECONDS, _OUTPUT_LIMIT)
 
     def _lane(self, lane: int) -> paramiko.Transport:
         from p2v.session.login import log_in
@@ -341,28 +381,26 @@ class Session:
                 self._lanes[lane] = log_in(self._endpoint)
             return self._lanes[lane]
 
-    def _elevated(self, asked: str) -> tuple[str, bytes]:
-        """The command line that runs ``asked`` as root, and what sudo must read first from standard input."""
+    def _root(self) -> _Way:
         with self._root_lock:
             if self._sudo is None:
                 self._sudo = self._find_root()
-        return self._sudo[0] + _shell(asked), self._sudo[1]
+            return self._sudo
 
-    def _find_root(self) -> tuple[str, bytes]:
+    def _find_root(self) -> _Way:
         if self.run("id -u", timeout=_ANSWER_SECONDS).stdout.strip() == b"0":
-            return "", b""
+            return _AS_USER
         # sudo reads a password only when it asks for one; what it leaves would reach the command. So it is settled here, once:
         # either it never asks (-n works), or it always does (-k forgets what was granted before).
         probe = self.run("sudo -n -- true", timeout=_ANSWER_SECONDS)
         if probe.exit_code == 0:
-            return "sudo -n -- ", b""
+            return _Way("sudo -n -- ", b"")
         secret: Secret | None = self._endpoint.sudo_password or self._endpoint.password
         if secret is not None and probe.exit_code != 127:
-            line = secret.reveal().encode() + b"\n"
-            prefix = "sudo -S -k -p '' -- "
-            probe = self._run("sudo", prefix + "true", line, _ANSWER_SECONDS, _OUTPUT_LIMIT)
+            way = _Way("sudo -S -k -p '' -- ", secret.reveal().encode() + b"\n")
+            probe = self._run("true", way, b"", _ANSWER_SECONDS, _OUTPUT_LIMIT)
             if probe.exit_code == 0:
-                return prefix, line
+                return way
         user = self._endpoint.user
         lines = probe.error_text.splitlines()
         why = "it has no sudo" if probe.exit_code == 127 else (lines[-1] if lines else "sudo refused")
@@ -385,7 +423,9 @@ class Session:
             self._closed = True
             lanes = list(self._lanes.values())
         for transport in lanes:
-            transport.close()
+            # A jump host's connection may be gone before what runs through it has said good-bye.
+            with contextlib.suppress(OSError, EOFError):
+                transport.close()
 
     def __enter__(self) -> Self:
         return self
@@ -396,9 +436,17 @@ class Session:
         self.close()
 
 
-def _shell(asked: str) -> str:
-    """``asked`` for a POSIX shell, whatever the user's login shell is."""
-    return "sh -c " + shlex.quote(f"LC_ALL=C PATH=$PATH:{_PATH}; export LC_ALL PATH; {asked}")
+def _quiet() -> None:
+    """Keep paramiko's log, with its tracebacks, from users: what it raises is translated."""
+    logger = logging.getLogger("paramiko")
+    logger.propagate = False
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
+
+
+def _shell(token: str, asked: str) -> str:
+    """``asked`` for a POSIX shell, whatever the user's login shell is, marked by ``token``."""
+    return f"env {token} LC_ALL=C sh -c " + shlex.quote(f"PATH=$PATH:{_PATH}; export PATH; {asked}")
 
 
 def _feed(process: RemoteProcess, content: bytes) -> None:
@@ -408,20 +456,6 @@ def _feed(process: RemoteProcess, content: bytes) -> None:
         if content:
             process.write(content)
         process.close_input()
-
-
-def _signal_message(channel_id: int, name: str) -> paramiko.Message:
-    """The channel request that signals a remote process (RFC 4254, 6.9)."""
-    import paramiko
-    from paramiko.common import cMSG_CHANNEL_REQUEST
-
-    message = paramiko.Message()
-    message.add_byte(cMSG_CHANNEL_REQUEST)
-    message.add_int(channel_id)
-    message.add_string("signal")
-    message.add_boolean(False)
-    message.add_string(name)
-    return message
 
 
 def _link_lost(label: str, what: str) -> LinkLostError:

@@ -1,7 +1,7 @@
 """A real OpenSSH server on loopback for tests: own keys, own users, nothing of this computer's configuration touched.
 
-As root it runs in a private mount namespace, with copies of passwd, shadow, group and sudoers bound over the real ones; so it
-can have users with passwords and sudo rules. Otherwise it serves the current user alone.
+As root it runs in a mount namespace of its own, with copies of passwd, shadow, group
+and sudoers bound over the real ones; so it can have users with passwords and sudo rules. Otherwise it serves the current user alone.
 """
 
 from __future__ import annotations
