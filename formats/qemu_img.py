@@ -461,7 +461,7 @@ def _failure(name: str, result: _Result, subject: Path | str) -> NoSpaceError | 
     """The error for a program that failed, with its last words."""
     words = re.sub(r"'?json:\{.*\}'?", f"'{subject}'", result.errors)
     words = re.sub(r"^qemu-(?:img|nbd): ", "", words, flags=re.MULTILINE).strip().replace("\n", "; ")
-    if "No space left on device" in words or "Disk quota exceeded" in words:
+    if "No space left on device" in words or "Disk quota exceeded" in words or ("writ" in words and _is_full(subject)):
         return NoSpaceError(f"no space is left for {subject}", advice="free space there or name another place")
     advice = ""
     if "lock" in words:
@@ -471,6 +471,15 @@ def _failure(name: str, result: _Result, subject: Path | str) -> NoSpaceError | 
     return ImageToolError(
         f"{name} failed ({result.code}): {words or 'no message'}", advice=advice, subject=str(subject)
     )
+
+
+def _is_full(subject: Path | str) -> bool:
+    """Whether the file system that holds ``subject`` has no room left: not every driver of QEMU passes on why a write failed."""
+    try:
+        state = os.statvfs(subject if Path(subject).exists() else Path(subject).parent)
+    except OSError:
+        return False
+    return state.f_bavail * state.f_frsize < 1 << 16
 
 
 def _tail(file: IO[bytes]) -> str:

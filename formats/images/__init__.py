@@ -202,11 +202,10 @@ def _open_flat(path: Path, header: ImageHeader) -> BlockSource | None:
 def create_sink(path: Path, format: str, size: int, *, subformat: str = "", compress: str = "") -> BlockSink:  # noqa: A002
     """Create an image of ``size`` bytes that reads as zeroes, and return the sink that fills it.
 
-    ``subformat`` is one of the format's (``FORMATS``), the first by default. ``compress`` is ``zlib`` or ``zstd``, for qcow2: such a sink
-    is sequential, as is streamOptimized VMDK. The sink's ``size`` is ``image_size``: rounded up to 512 bytes (raw: not at all,
-    compressed: to 64 KiB).
-    An existing file is overwritten. Too large a disk raises ``ImageUnsupportedError`` before anything is written. Formats of
-    several files (monolithicFlat, twoGbMaxExtentSparse) must be created under their final name.
+    ``subformat`` is one of the format's (``FORMATS``), the first by default. ``compress`` is ``zlib`` or ``zstd``, for qcow2: such a
+    sink is sequential, as is streamOptimized VMDK. The sink's ``size`` is rounded up to 512 bytes (raw: not at all), the image's
+    is ``image_size``. An existing file is overwritten. Too large a disk raises ``ImageUnsupportedError`` before anything is
+    written. Formats of several files (monolithicFlat, twoGbMaxExtentSparse) must be created under their final name.
     """
     chosen = image_format(format)
     layout = chosen.subformat(subformat)
@@ -227,7 +226,11 @@ def create_sink(path: Path, format: str, size: int, *, subformat: str = "", comp
     # A compatible choice where it is free: zstd needs a flag that readers before QEMU 5.1 refuse.
     options = {**layout.options, **({"compression_type": compress} if compress == "zstd" else {})}
     qemu_img.create(path, chosen.driver, rounded, options)
-    return CompressedSink(path, rounded) if compress else ServedSink(path, chosen.driver, rounded)
+    return (
+        CompressedSink(path, image_size(format, size, subformat))
+        if compress
+        else ServedSink(path, chosen.driver, rounded)
+    )
 
 
 __all__ = [

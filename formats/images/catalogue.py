@@ -94,8 +94,8 @@ FORMATS: Mapping[str, ImageFormat] = {
         driver="vhdx",
         suffix=".vhdx",
         subformats=(
+            # QEMU's "fixed" is none: it reserves the room and then stores what is written behind it (7.2).
             Subformat(name="dynamic", limit=64 * _TIB, alternative="qcow2 or raw", options={"subformat": "dynamic"}),
-            Subformat(name="fixed", limit=64 * _TIB, alternative="qcow2 or raw", options={"subformat": "fixed"}),
         ),
     ),
     "vmdk": ImageFormat(

@@ -179,7 +179,7 @@ class NbdDisk:
         connection = self._borrow()
         try:
             yield connection
-        except ImageError as error:
+        except (ImageError, NoSpaceError) as error:
             if isinstance(error, NbdError):
                 self._break(error, connection)
             else:
