@@ -278,7 +278,7 @@ def convert(
     dry_run: inspect, preflight and print the plan; copy nothing, snapshot nothing.
     """
 
-    def action(console: Console) -> int | None:
+    def action(console: Console) -> None:
         from p2v.convert import Conversion, Request
         from p2v.origin import open_origin
 
@@ -365,10 +365,10 @@ def platforms(*, output: Output = _OUTPUT) -> int:
 
         console.data["platforms"] = [record(platform) for platform in PLATFORMS.values()]
         rows = [
-            [p.name, ", ".join(p.disk_formats), ", ".join(p.buses), ", ".join(p.nics), ", ".join(p.firmwares)]
+            [p.name, p.title, ", ".join(p.formats), ", ".join(p.buses), ", ".join(p.nics), ", ".join(p.firmwares)]
             for p in PLATFORMS.values()
         ]
-        console.table(["platform", "disk formats", "disk buses", "NICs", "firmware"], rows)
+        console.table(["platform", "what it is", "disk formats", "disk buses", "NICs", "firmware"], rows)
 
     return _command("platforms", output, action)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from formats.definitions import Hardware, profile_of
 from formats.errors import ToolkitError
 from formats.machine import Bus, Firmware, Kernel, Machine
-from p2v.emit import disks_of, plan
+from p2v.plan import disks_of, plan
 
 
 class Severity(StrEnum):
