@@ -7,7 +7,8 @@ The cache folder (`$P2V_TEST_CACHE`, default `~/.cache/p2v-toolkit/machines`) ho
 - `NAME-HASH/`: a machine: `disk.raw` (sparse, read-only; boot it through an overlay), `recipe.json`, `install.log`.
 
 HASH is over the recipe, the keys and `VERSION`. An entry is built under a file lock in a `.part-` folder and renamed
-when it is complete: what is there under its final name is whole. Building a machine removes older entries of its name.
+when it is complete: what is there under its final name is whole. Building a machine removes older entries of its name
+that no living process has asked for.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from tests.machines import board, installer
 from tests.machines.errors import MachineError
@@ -85,7 +87,7 @@ def _digest(*parts: object) -> str:
 
 def tree_key(tree: Tree) -> str:
     """Return the cache key of a package tree."""
-    return _digest("tree", dataclasses.asdict(tree), installer.BOOTSTRAP)
+    return _digest("tree", dataclasses.asdict(tree), installer.BOOTSTRAP, _UNPACK, _CHECKER_HOOK)
 
 
 def machine_key(recipe: Recipe, keys: Keys) -> str:
@@ -131,6 +133,26 @@ def publish(cache: Path, entry: str, build: Callable[[Path], None]) -> Path:
     return final
 
 
+# A process holds a shared lock on `.use-ENTRY` of every machine it has asked for, until it ends.
+_in_use: dict[Path, TextIO] = {}
+
+
+def _use(cache: Path, entry: str) -> None:
+    path = cache / f".use-{entry}"
+    if path not in _in_use:
+        _in_use[path] = path.open("w")
+        fcntl.flock(_in_use[path], fcntl.LOCK_SH)
+
+
+def _unused(cache: Path, entry: str) -> bool:
+    with (cache / f".use-{entry}").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
 def keys(cache: Path) -> Keys:
     """Return the key files of `cache`, made on first use."""
 
@@ -155,13 +177,16 @@ def _run(command: list[str], *, log: Path | None = None) -> None:
 
 # --- the package tree -----------------------------------------------------------------------------------------------
 
-# Without an entry for / the initramfs is made without the root file system's checker.
-_FSTAB_HOOK = 'mkdir -p "$1/etc" && echo "/dev/root / {kind} defaults 0 1" > "$1/etc/fstab"'
+# The initramfs gets the root file system's checker only if what /etc/fstab names for / can be probed: a small image
+# stands in for it while the packages are installed.
+_CHECKER_HOOK = """mkdir -p "$1/etc" && truncate -s 8M "$1/root.img" && mke2fs -q -F -t {kind} "$1/root.img" &&
+echo "/root.img / {kind} defaults 0 1" > "$1/etc/fstab\""""
 
 _UNPACK = """set -eu
 mkdir root
 tar -C root --numeric-owner --xattrs --xattrs-include='*' --exclude './dev/*' -xpf tree.tar
 rm tree.tar
+rm -f root/root.img
 mkdir root/target
 install -m 755 bootstrap root{bootstrap_path}
 rm bootstrap
@@ -175,13 +200,14 @@ rm -rf root
 
 def _build_tree(tree: Tree, folder: Path) -> None:
     excluded = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
+    has_checker = tree.root_kind.startswith("ext")
     _run(
         [
             *("mmdebstrap", "--variant=minbase", f"--include={','.join(tree.packages)}"),
             *("--aptopt=APT::Install-Recommends false", "--aptopt=Acquire::Languages none"),
             *(f"--dpkgopt=path-exclude={pattern}" for pattern in excluded),
             "--dpkgopt=path-include=/usr/share/doc/*/copyright",
-            f"--essential-hook={_FSTAB_HOOK.format(kind=tree.root_kind)}",
+            *([f"--essential-hook={_CHECKER_HOOK.format(kind=tree.root_kind)}"] if has_checker else []),
             *(tree.suite, str(folder / "tree.tar")),
         ],
         log=folder / "packages.log",
@@ -273,12 +299,12 @@ def _prune(cache: Path, recipe: Recipe, newest: Path) -> None:
     """Remove older entries of the recipe's name, and package trees that no recipe uses now."""
     kept = {f"tree-{tree_key(other.tree)}" for other in (*RECIPES.values(), recipe)}
     for entry in cache.iterdir():
-        name, _, digest = entry.name.rpartition("-")
+        name, _, digest = entry.name.rpartition("-")  # lock files begin with a dot and match no name
         stale_machine = name == recipe.name and len(digest) == 16 and entry != newest
         stale_tree = name == "tree" and entry.name not in kept
-        if stale_machine or stale_tree:
+        if (stale_machine and _unused(cache, entry.name)) or stale_tree:
+            # the lock file stays: another process may be waiting on it
             shutil.rmtree(entry, ignore_errors=True)
-            (cache / f".lock-{entry.name}").unlink(missing_ok=True)
 
 
 def build(recipe: Recipe, *, cache: Path | None = None, report: Callable[[str], None] = lambda _: None) -> BuiltMachine:
@@ -310,6 +336,7 @@ def build(recipe: Recipe, *, cache: Path | None = None, report: Callable[[str], 
     entry = f"{recipe.name}-{machine_key(recipe, machine_keys)}"
     fresh = not (cache / entry).is_dir()
     folder = publish(cache, entry, make)
+    _use(cache, entry)
     if fresh:
         _prune(cache, recipe, folder)
     return BuiltMachine(recipe=recipe, folder=folder, keys=machine_keys)

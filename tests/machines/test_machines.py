@@ -1,0 +1,254 @@
+"""The machines themselves: the cache, the writer's check, and that a built machine is what its recipe says."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.machines import builder, installer
+from tests.machines.errors import MachineError
+from tests.machines.physical import MAC, SERIAL, PhysicalMachine
+from tests.machines.recipe import BIOS_LVM, BIOS_PLAIN, RECIPES, FileSystem, Recipe, User, VolumeGroup
+from tests.machines.writer import verify_command
+from tests.requirement import needs
+
+# --- cache keys -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> builder.Keys:
+    return builder.keys(tmp_path_factory.mktemp("cache"))
+
+
+@needs("ssh-keygen")
+@pytest.mark.parametrize(
+    "other",
+    [
+        dataclasses.replace(BIOS_LVM, hostname="other"),
+        dataclasses.replace(BIOS_LVM, disk_mib=BIOS_LVM.disk_mib + 1),
+        dataclasses.replace(BIOS_LVM, users=(*BIOS_LVM.users, User(name="one", password="more"))),
+        dataclasses.replace(BIOS_LVM, commands=("true",)),
+        dataclasses.replace(BIOS_LVM, tree=dataclasses.replace(BIOS_LVM.tree, packages=("zstd",))),
+    ],
+    ids=["hostname", "disk", "user", "command", "package"],
+)
+def test_every_change_of_a_recipe_changes_its_key(keys: builder.Keys, other: Recipe) -> None:
+    assert builder.machine_key(other, keys) != builder.machine_key(BIOS_LVM, keys)
+    assert builder.machine_key(dataclasses.replace(BIOS_LVM), keys) == builder.machine_key(BIOS_LVM, keys)
+
+
+@needs("ssh-keygen")
+def test_other_key_files_change_the_key(keys: builder.Keys, tmp_path: Path) -> None:
+    assert builder.machine_key(BIOS_LVM, builder.keys(tmp_path)) != builder.machine_key(BIOS_LVM, keys)
+
+
+@needs("ssh-keygen")
+def test_private_keys_are_private(keys: builder.Keys) -> None:
+    for path in (keys.identity, keys.host_key):
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def test_equal_packages_share_a_tree() -> None:
+    changed = dataclasses.replace(BIOS_LVM.tree, packages=("zstd",))
+    assert builder.tree_key(BIOS_LVM.tree) == builder.tree_key(BIOS_PLAIN.tree) != builder.tree_key(changed)
+
+
+# --- publication ----------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    def build(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise MachineError("no")
+
+    with pytest.raises(MachineError):
+        builder.publish(tmp_path, "thing", build)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock-thing"]
+
+
+_SLOW_BUILD = """
+import sys, time
+from pathlib import Path
+from tests.machines import builder
+
+def build(folder):
+    (folder / "half").write_text("half")
+    print("building", flush=True)
+    time.sleep(600)
+
+builder.publish(Path(sys.argv[1]), "thing", build)
+"""
+
+
+def test_a_killed_build_publishes_nothing_and_does_not_block_the_next(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SLOW_BUILD, str(tmp_path)], stdout=subprocess.PIPE, env=environment
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"building\n"
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "thing").exists()
+
+    folder = builder.publish(tmp_path, "thing", lambda folder: (folder / "whole").touch())
+    assert [path.name for path in folder.iterdir()] == ["whole"]
+    assert not list(tmp_path.glob(".part-*"))
+
+
+def test_an_entry_is_built_once(tmp_path: Path) -> None:
+    def again(folder: Path) -> None:
+        raise AssertionError("built twice")
+
+    first = builder.publish(tmp_path, "thing", lambda folder: (folder / "one").touch())
+    assert builder.publish(tmp_path, "thing", again) == first
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_the_layout_of_a_recipe_fits_its_disk(recipe: Recipe) -> None:
+    assert sum(partition.size_mib or 0 for partition in recipe.partitions) < recipe.disk_mib
+    assert all(partition.size_mib is not None for partition in recipe.partitions[:-1])
+    mounts = [content.mount for _, _, content in recipe.areas() if isinstance(content, FileSystem)]
+    assert mounts.count("/") == 1
+    assert len(set(mounts)) == len(mounts)
+    for partition in recipe.partitions:
+        if isinstance(partition.content, VolumeGroup):
+            assert all(volume.size_mib is not None for volume in partition.content.volumes[:-1])
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_the_installer_is_a_valid_shell_script(recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "install"
+    path.write_text(installer.script(recipe))
+    subprocess.run(["sh", "-n", str(path)], check=True)
+
+
+# --- the writer's check, on this computer's Python ------------------------------------------------------------------
+
+
+def _write(folder: Path, changes: int) -> int:
+    """Run the writer here until it acknowledged `changes`; return the number of its last change."""
+    command = verify_command(str(folder)).replace(" verify ", " write ")
+    with subprocess.Popen(["sh", "-c", f"exec {command}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        last = 0
+        for line in process.stdout:
+            last = int(line)
+            if last == changes:
+                process.stdin.close()
+    return last
+
+
+def _verify(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["sh", "-c", verify_command(str(folder))], capture_output=True, text=True, check=False)
+
+
+def test_the_check_accepts_what_was_written(tmp_path: Path) -> None:
+    last = _write(tmp_path, 40)
+    result = _verify(tmp_path)
+    assert (result.returncode, result.stdout) == (0, f"{last}\n")
+
+
+def test_the_check_sees_a_torn_file(tmp_path: Path) -> None:
+    _write(tmp_path, 20)
+    with (tmp_path / "file3").open("r+b") as file:
+        file.seek(100)
+        file.write(b"\0" * 16)
+    assert _verify(tmp_path).returncode == 1
+
+
+def test_the_check_sees_an_older_file(tmp_path: Path) -> None:
+    _write(tmp_path, 10)
+    older = (tmp_path / "file2").read_bytes()
+    _write(tmp_path, 20)
+    (tmp_path / "file2").write_bytes(older)
+    assert _verify(tmp_path).returncode == 1
+
+
+def test_the_check_sees_a_damaged_journal(tmp_path: Path) -> None:
+    _write(tmp_path, 20)
+    journal = tmp_path / "journal"
+    journal.write_bytes(journal.read_bytes().replace(b"\n7 ", b"\n8 ", 1))
+    assert _verify(tmp_path).returncode == 1
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------
+
+slow_boot = pytest.mark.slow_boot
+
+
+@slow_boot
+def test_the_machine_is_what_its_recipe_says(physical_bios_lvm: PhysicalMachine) -> None:
+    physical = physical_bios_lvm
+    text = physical.run("lsblk -rno NAME,TYPE,FSTYPE,MOUNTPOINT; vgs --noheadings --units m -o vg_name,vg_free").stdout
+    lines = [line.split() for line in text.splitlines()]
+    assert ["sda", "disk"] in lines
+    assert ["sda1", "part", "ext4", "/boot"] in lines
+    assert ["sda2", "part", "LVM2_member"] in lines
+    assert ["vg0-root", "lvm", "ext4", "/"] in lines
+    assert ["vg0-swap", "lvm", "swap", "[SWAP]"] in lines
+    assert float(next(fields[1] for fields in lines if fields[0] == "vg0" and len(fields) == 2)[:-1]) >= 1024
+    assert physical.run("cat /sys/block/sda/device/model").stdout.strip() != "QEMU HARDDISK"
+    assert SERIAL in physical.run("udevadm info -q property /dev/sda").stdout
+    assert physical.run("cat /sys/class/net/enp0s25/address").stdout.strip() == MAC
+    assert physical.run("hostname").stdout.strip() == "metal1"
+    assert physical.run("systemctl --failed --plain --no-legend").stdout == ""
+    assert physical.run("systemd-detect-virt", check=False).stdout.strip() == "none"
+    assert physical.run("runuser -u admin -- sudo -n id -u").stdout.strip() == "0"
+    assert physical.run("runuser -u nosudo -- sudo -n id -u", check=False).returncode != 0
+    assert "login:" in physical.console.read_text(errors="replace")
+
+
+@slow_boot
+def test_the_machine_has_no_way_out(physical_bios_lvm: PhysicalMachine) -> None:
+    # the address is the user network's own gateway, which leads to this computer's loopback
+    probe = "timeout 10 bash -c 'exec 3<>/dev/tcp/10.0.2.2/22' 2>&1"
+    assert physical_bios_lvm.run(probe, check=False).returncode != 0
+
+
+@slow_boot
+def test_the_writer_and_its_check_on_the_machine(physical_bios_lvm: PhysicalMachine) -> None:
+    writer = physical_bios_lvm.start_writer()
+    while len(writer.acknowledged) < 20:
+        time.sleep(0.1)
+    acknowledged = physical_bios_lvm.stop_writer()
+    assert [item.number for item in acknowledged] == list(range(1, len(acknowledged) + 1))
+    assert int(physical_bios_lvm.run(verify_command()).stdout) >= acknowledged[-1].number
+    physical_bios_lvm.run("rm -r /srv/writer")
+
+
+@slow_boot
+def test_faults_of_the_machine(bios_plain_disk: builder.BuiltMachine, tmp_path: Path) -> None:
+    """Power cut under the writer, link cut, disk gone: on the plain machine, as they leave it broken."""
+    overlay = tmp_path / "disk.qcow2"
+    with PhysicalMachine(bios_plain_disk, overlay=overlay) as physical:
+        writer = physical.start_writer()
+        while len(writer.acknowledged) < 20:
+            time.sleep(0.1)
+        physical.kill()
+        acknowledged = writer.acknowledged[-1].number
+    with PhysicalMachine(bios_plain_disk, overlay=overlay) as physical:
+        assert int(physical.run(verify_command()).stdout) >= acknowledged
+        assert "/dev/sda1" in physical.run("findmnt -no SOURCE /").stdout
+
+        physical.set_link(up=False)
+        with pytest.raises(subprocess.TimeoutExpired):
+            physical.run("true", timeout=10)
+        physical.set_link(up=True)
+        physical.wait_for_ssh()
+
+        # what stays in memory goes on: a shell that was started before
+        reader = "exec 3</dev/sda; echo 1 > /sys/block/sda/device/delete; read -r -N 1 x <&3 && echo read || echo gone"
+        assert physical.run(reader, check=False).stdout.strip() == "gone"
