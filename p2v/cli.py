@@ -26,8 +26,8 @@ app = cyclopts.App(
     name="p2v",
     help="Turn a running machine, a virtual machine or a disk image into a VM for any platform that is seen to boot.",
     version_flags=["--version"],
-    help_format="plaintext",
-    default_parameter=Parameter(negative=""),
+    help_format="markdown",
+    default_parameter=Parameter(negative="", show_default=False),
 )
 
 
@@ -124,7 +124,8 @@ def inspect(source: str, /, *, connection: Connection = _CONNECTION, output: Out
 
     Parameters
     ----------
-    source: root@host, ssh://user@host:port, or the path of an image or of a folder that `p2v convert` wrote.
+    source
+        root@host, ssh://user@host:port, or the path of an image or of a folder that `p2v convert` wrote.
     """
 
     def action(console: Console) -> None:
@@ -213,9 +214,12 @@ def preflight(
 
     Parameters
     ----------
-    source: as for inspect.
-    to: target platform; see `p2v platforms`.
-    disk_format: disk format to check against, instead of the platform's usual one.
+    source
+        as for inspect.
+    to
+        target platform; see `p2v platforms`.
+    disk_format
+        disk format to check against, instead of the platform's usual one.
     """
 
     def action(console: Console) -> int | None:
@@ -268,14 +272,22 @@ def convert(
 
     Parameters
     ----------
-    source: root@host, ssh://user@host:port, or the path of an image or of a folder that `p2v convert` wrote.
-    to: target platform; see `p2v platforms`.
-    destination: folder for disks and definition; made if it is not there.
-    disk_format: disk format, instead of the platform's usual one: raw, qcow2, vhd, vhdx, vmdk, vmdk:streamOptimized, vdi, parallels.
-    name: name of the virtual machine, instead of the source's host name.
-    boot_check: what has to be seen before the copy: `boots` (a login prompt or SSH banner), or `none` to copy unseen.
-    boot_timeout: seconds the machine may take to boot on the emulated target; 0 is a default that fits the emulator's speed.
-    dry_run: inspect, preflight and print the plan; copy nothing, snapshot nothing.
+    source
+        root@host, ssh://user@host:port, or the path of an image or of a folder that `p2v convert` wrote.
+    to
+        target platform; see `p2v platforms`.
+    destination
+        folder for disks and definition; made if it is not there.
+    disk_format
+        disk format, instead of the platform's usual one: raw, qcow2, vhd, vhdx, vmdk, vmdk:streamOptimized, vdi, parallels.
+    name
+        name of the virtual machine, instead of the source's host name.
+    boot_check
+        what has to be seen before the copy: `boots` (a login prompt or SSH banner), or `none` to copy unseen.
+    boot_timeout
+        seconds the machine may take to boot on the emulated target; 0 is a default that fits the emulator's speed.
+    dry_run
+        inspect, preflight and print the plan; copy nothing, snapshot nothing.
     """
 
     def action(console: Console) -> None:
@@ -318,14 +330,22 @@ def boot(
 
     Parameters
     ----------
-    path: disk image, or folder or definition that `p2v convert` wrote.
-    to: platform whose kind of hardware is emulated; default: the definition's own, for an image qemu.
-    from_: format of a disk image (raw, qcow2, vhd, vhdx, vmdk, vdi, parallels) where its header is not to be trusted.
-    firmware: bios or uefi, where the machine's record does not say; default: from the disk.
-    level: how far the proof has to go; only `boots` so far.
-    timeout: seconds until the machine must have come up; 0 is a default that fits the emulator's speed.
-    memory: MiB of memory, instead of the machine's own.
-    evidence: folder that gets the console log and the screenshot; default: a new one below the temporary folder.
+    path
+        disk image, or folder or definition that `p2v convert` wrote.
+    to
+        platform whose kind of hardware is emulated; default: the definition's own, for an image qemu.
+    from_
+        format of a disk image (raw, qcow2, vhd, vhdx, vmdk, vdi, parallels) where its header is not to be trusted.
+    firmware
+        bios or uefi, where the machine's record does not say; default: from the disk.
+    level
+        how far the proof has to go; only `boots` so far.
+    timeout
+        seconds until the machine must have come up; 0 is a default that fits the emulator's speed.
+    memory
+        MiB of memory, instead of the machine's own.
+    evidence
+        folder that gets the console log and the screenshot; default: a new one below the temporary folder.
     """
 
     def action(console: Console) -> int | None:
@@ -381,7 +401,8 @@ def cleanup(source: str, /, *, connection: Connection = _CONNECTION, output: Out
 
     Parameters
     ----------
-    source: as for inspect.
+    source
+        as for inspect.
     """
 
     def action(console: Console) -> None:
