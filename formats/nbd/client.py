@@ -203,12 +203,8 @@ class NbdDisk:
     def _borrow(self) -> _Connection:
         with self._changed:
             while True:
-                if self._closed:
-                    raise ValueError("the disk is closed")
-                if self._broken is not None:
-                    raise NbdError(
-                        self._broken.message, advice=self._broken.advice, subject=self._broken.subject
-                    ) from self._broken
+                if self._closed or self._broken is not None:
+                    raise self._failure()
                 if self._idle:
                     return self._idle.pop()
                 if len(self._all) + self._opening < self._limit:
@@ -217,23 +213,34 @@ class NbdDisk:
                 self._changed.wait()
         return self._open_another()
 
+    def _failure(self) -> Exception:
+        """Why the disk cannot be used any more: a new exception for each caller."""
+        broken = self._broken
+        if self._closed or broken is None:
+            return ValueError("the disk is closed")
+        return NbdError(broken.message, advice=broken.advice, subject=broken.subject)
+
     def _open_another(self) -> _Connection:
         connection: _Connection | None = None
         try:
             connection = _Connection(self._address, *self._timeouts)
             if connection.export != self._export:
                 connection.close()
+                connection = None
                 raise NbdError("the NBD export changed while it was in use", subject=self._address.uri)
         except NbdError as error:
-            connection = None
             self._break(error)
             raise
         finally:
             with self._changed:
                 self._opening -= 1
-                if connection is not None:
+                ended = self._closed or self._broken is not None
+                if connection is not None and not ended:
                     self._all.append(connection)
                 self._changed.notify_all()
+        if ended:  # close or a fault elsewhere came while this connection was made, and could not see it
+            connection.close()
+            raise self._failure()
         return connection
 
     def _give_back(self, connection: _Connection) -> None:

@@ -1,0 +1,46 @@
+"""Other people's NBD programs, run as they are: the other side of our client and server in the tests."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+
+def run(*command: str | Path) -> str:
+    """Run a program to its end and return its standard output; a failure shows both outputs."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@contextmanager
+def serving(socket: Path, *command: str | Path) -> Iterator[str]:
+    """Run a server in the foreground until the block is left; yields the URI of its default export on ``socket``."""
+    server = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE)
+    try:
+        for _ in range(600):
+            if socket.exists() or server.poll() is not None:
+                break
+            time.sleep(0.05)
+        assert server.poll() is None, server.stderr.read() if server.stderr else ""
+        assert socket.exists()
+        yield f"nbd+unix:///?socket={socket}"
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
+
+
+def qemu_nbd(folder: Path, image: Path, form: str, *, writable: bool = False) -> AbstractContextManager[str]:
+    """Serve ``image`` by qemu-nbd, to several connections."""
+    socket = folder / f"{image.name}.socket"
+    mode = ["--discard=unmap"] if writable else ["--read-only"]
+    return serving(socket, "qemu-nbd", "-t", "-e", "8", "-k", socket, "-f", form, *mode, image)
+
+
+def nbdkit(folder: Path, *arguments: str | Path) -> AbstractContextManager[str]:
+    """Serve by nbdkit with a plugin and filters."""
+    socket = folder / "nbdkit.socket"
+    return serving(socket, "nbdkit", "--foreground", "--exit-with-parent", "-U", socket, *arguments)
