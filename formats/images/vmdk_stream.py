@@ -76,6 +76,9 @@ class StreamOptimizedSink:
         grains = -(-size // GRAIN)
         self._directory = [0] * -(-grains // _TABLE_ENTRIES)
         self._ended = self._closed = False
+        self._broken: NoSpaceError | WriteError | None = (
+            None  # after it the file has a hole: nothing more may be said to be stored
+        )
         self._head = descriptor(size, name=name, adapter=adapter, hardware=hardware)
 
     @property
@@ -102,11 +105,13 @@ class StreamOptimizedSink:
         """Write the end of the file and make it stable. Nothing can be written afterwards; a second call does nothing."""
         if self._closed:
             raise ValueError("the image is closed")
+        if self._broken is not None:
+            raise self._broken
         if not self._ended:
             self._ended = True
             self._gatherer.finish()
             while self._pending:
-                self._append(*self._pending.popleft().result())
+                self._take()
             self._begin()
             self._end_table()
             self._write_end()
@@ -126,13 +131,23 @@ class StreamOptimizedSink:
                 raise self._failure(error) from error
 
     def _check_open(self) -> None:
+        if self._broken is not None:
+            raise self._broken
         if self._closed or self._ended:
             raise ValueError("the image is closed" if self._closed else "the end of the image is written")
 
     def _submit(self, batch: bytes | bytearray, offset: int) -> None:
         self._pending.append(self._pool.submit(_pack, self._compress, batch, offset // GRAIN))
         while len(self._pending) > 2 * self._workers or (self._pending and self._pending[0].done()):
+            self._take()
+
+    def _take(self) -> None:
+        """Write the oldest batch when it is compressed; whatever goes wrong there leaves a hole, so the image is given up."""
+        try:
             self._append(*self._pending.popleft().result())
+        except BaseException:
+            self._broken = self._broken or WriteError("the image was given up after an error")
+            raise
 
     def _append(self, grains: _Grains, packed: bytes) -> None:
         """Write the grains of one batch, closing a grain table wherever they pass its end."""
@@ -204,8 +219,12 @@ class StreamOptimizedSink:
     def _failure(self, error: OSError) -> NoSpaceError | WriteError:
         subject = str(getattr(self._output, "name", "the image"))
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return NoSpaceError(f"no space is left for {subject}", advice="free space there or name another place")
-        return WriteError(f"{subject} cannot be written: {error.strerror}", subject=subject)
+            self._broken = NoSpaceError(
+                f"no space is left for {subject}", advice="free space there or name another place"
+            )
+        else:
+            self._broken = WriteError(f"{subject} cannot be written: {error.strerror}", subject=subject)
+        return self._broken
 
 
 def create_stream(path: Path, size: int, *, threads: int = 0) -> StreamOptimizedSink:
