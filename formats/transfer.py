@@ -13,6 +13,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from blake3 import blake3
@@ -123,13 +124,14 @@ def copy(
 ) -> Transferred:
     """Copy all of ``source`` to ``sink`` and return what was done; ``sink`` is not flushed.
 
-    ``blank`` says that the sink reads as zeroes (K4): then nothing is done where the source has no data; else those ranges are
-    zeroed. ``progress`` advances by bytes read, of ``total`` when known. ``stop`` ends the copy with ``InterruptedRunError``.
+    ``blank`` says that the sink reads as zeroes (K4; a sequential sink always does, K6): then nothing is done where the source has no
+    data; else those ranges are zeroed. ``progress`` advances by bytes read, of ``total`` when known. ``stop`` ends the copy with
+    ``InterruptedRunError``.
     Raises what source or sink raise, the first one. Peak memory: (2 x ``threads``) blocks.
     """
     if sink.size < source.size:
         raise ValueError(f"a disk of {source.size} bytes does not fit into {sink.size}")
-    run = _Run(source, sink, progress or Silence(), stop or threading.Event(), blank)
+    run = _Run(source, sink, progress or Silence(), stop or threading.Event(), blank or not sink.random_access)
     return run.parallel(threads, total) if sink.random_access else run.ordered(threads, total)
 
 
@@ -198,14 +200,13 @@ class _Run:
             worker.start()
         try:
             self._feed(todo)
-        except BaseException as error:
+            self._dismiss(todo, workers)
+        except (
+            BaseException
+        ) as error:  # Ctrl-C too, at any point: no worker may go on after this function has been left
             self._fail(error)
+            self._dismiss(todo, workers)
         finally:
-            for _ in workers:
-                self._put(todo, None, force=True)
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(_POLL)
             self.progress.finish()
         if self.error is not None:
             raise self.error
@@ -222,17 +223,21 @@ class _Run:
         if not self.blank and position < self.source.size:
             self.sink.zero(position, self.source.size - position)
 
-    def _put(
-        self,
-        todo: queue.Queue[tuple[int, _Task] | None],
-        item: tuple[int, _Task] | None,
-        *,
-        force: bool = False,
-    ) -> bool:
-        while True:
-            if self.stop.is_set() and self.error is None:
+    def _dismiss(self, todo: queue.Queue[tuple[int, _Task] | None], workers: list[threading.Thread]) -> None:
+        """Return when every worker has done what was queued and is gone."""
+        while alive := [worker for worker in workers if worker.is_alive()]:
+            if self.stop.is_set():
                 self._fail(InterruptedRunError("the copy was stopped"))
-            if self.error is not None and not force:
+            with suppress(queue.Full):
+                for _ in alive:
+                    todo.put(None, timeout=_POLL)
+            alive[0].join(_POLL)
+
+    def _put(self, todo: queue.Queue[tuple[int, _Task] | None], item: tuple[int, _Task]) -> bool:
+        while True:
+            if self.stop.is_set():
+                self._fail(InterruptedRunError("the copy was stopped"))
+            if self.error is not None:
                 return False
             try:
                 todo.put(item, timeout=_POLL)
