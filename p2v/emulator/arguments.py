@@ -29,7 +29,6 @@ _OVMF = (
 _SCSI = {
     Controller.VIRTIO_SCSI: ("virtio-scsi-pci", 255),
     Controller.LSI53C895A: ("lsi53c895a", 7),
-    Controller.LSI53C810: ("lsi53c810", 7),
     Controller.MPTSAS1068: ("mptsas1068", 8),
     Controller.MEGASAS: ("megasas", 64),
     Controller.PVSCSI: ("pvscsi", 64),
@@ -83,12 +82,14 @@ def firmware(kind: Firmware, files: OvmfFiles | None, variables: Path) -> list[s
     ]
 
 
-def display(kind: Firmware, *, windows: bool) -> list[str]:
+def display(hardware: Hardware, *, windows: bool) -> list[str]:
     """A standard VGA. For BIOS guests it hangs on ISA: Linux has no driver for that one and stays in text mode, which can be read.
 
-    UEFI draws on a linear frame buffer that only the PCI device has; so does Windows.
+    UEFI draws on a linear frame buffer that only the PCI device has; so does Windows. With ISA's VGA SeaBIOS hangs on a Q35 (seen
+    with QEMU 7.2).
     """
-    return ["-device", "isa-vga" if kind is Firmware.BIOS and not windows else "VGA"]
+    on_isa = hardware.firmware is Firmware.BIOS and hardware.chipset is Chipset.PC and not windows
+    return ["-device", "isa-vga" if on_isa else "VGA"]
 
 
 def network(network: Network | None, hardware: Hardware) -> list[str]:

@@ -26,7 +26,6 @@ class Controller(StrEnum):
     VIRTIO_SCSI = "virtio-scsi"
     NVME = "nvme"
     LSI53C895A = "lsi53c895a"
-    LSI53C810 = "lsi53c810"
     MPTSAS1068 = "mptsas1068"
     MEGASAS = "megasas"
     PVSCSI = "pvscsi"

@@ -34,8 +34,8 @@ class Emulator:
     """One emulated machine; a context manager that starts it and leaves no process and no work file behind.
 
     ``folder`` gets ``console.log`` (serial port, bounded); it must exist. Work files lie in a folder of their own below it and are
-    removed at the end; the throw-away overlays have no name on disk at all. QEMU is killed when this process ends, whatever
-    ends it, and when the thread that it was started from does. Memory and processors are those of ``hardware``, bounded by the host's; 0 takes a default.
+    removed at the end; the throw-away overlays have no name on disk at all. QEMU is killed when this process ends, whatever ends
+    it. Memory and processors are those of ``hardware``, bounded by the host's; 0 takes a default.
 
     Raises ``EmulatorError`` when QEMU or the firmware is missing, a disk cannot be opened, or QEMU breaks off.
     """
@@ -124,7 +124,7 @@ class Emulator:
             str(self.program.path),
             *arguments.board(self.hardware, self.accelerator),
             *arguments.firmware(self.hardware.firmware, ovmf, variables),
-            *arguments.display(self.hardware.firmware, windows=self._windows),
+            *arguments.display(self.hardware, windows=self._windows),
             *arguments.network(self._network, self.hardware),
             *arguments.kernel(self._kernel),
             *arguments.disks(self._drives, self.hardware),

@@ -1,8 +1,8 @@
 """What is seen of a booting machine, and what it amounts to. Pure: fed with text and times, it knows no QEMU.
 
 A positive signal is a login prompt or the banner of an SSH server. A negative one is a failure class. The order counts:
-a dead end is one only while no sign of life follows it, a sign of life only while no reset or panic follows it, and either
-must have stood for ``Patience.settle`` seconds.
+a dead end is one only while no sign of life and no later stage of the boot follows it, a sign of life only while no reset
+or panic follows it, and either must have stood for ``Patience.settle`` seconds.
 """
 
 from __future__ import annotations
@@ -49,10 +49,13 @@ _MILESTONES: tuple[tuple[str, Stage, re.Pattern[str]], ...] = (
     ),
     ("kernel", Stage.KERNEL, re.compile(r"Linux version \d|Booting paravirtualized kernel")),
     ("initramfs", Stage.KERNEL, re.compile(r"Loading, please wait|Begin: |running in (?:initrd|initramfs)|dracut-\d")),
-    ("userland", Stage.USERLAND, re.compile(r"Welcome to .*!|INIT: version|systemd\[1\]: systemd \d.*running|OpenRC")),
+    ("userland", Stage.USERLAND, re.compile(r"Welcome to (?!GRUB).*!|INIT: version|systemd\[1\]: systemd \d.*running|OpenRC")),
     ("multi-user", Stage.USERLAND, re.compile(r"Reached target.*(?:multi-user\.target|Multi-User System)")),
     ("graphical", Stage.USERLAND, re.compile(r"Reached target.*(?:graphical\.target|Graphical Interface)")),
 )
+
+_RECOVERED = frozenset({"kernel", "initramfs", "userland", "multi-user", "graphical"})
+"""Milestones after which an earlier dead end was none."""
 
 _TIMED_WAIT = re.compile(
     r"dracut-initqueue|A (?:start|stop) job is running|[Ww]aiting for (?:root|device)|executed automatically in"
@@ -117,6 +120,7 @@ class Evidence:
         self._sightings: dict[str, _Sighting] = {}
         self._alive: Signal | None = None  # the first positive signal of the current boot
         self._resets = 0
+        self._advanced = 0.0
         self._progress = 0.0
         self._graphics = False
         self._partial = ""
@@ -174,7 +178,7 @@ class Evidence:
         if self._alive is not None:
             self._alive = None
         self._screen.clear()
-        if self._resets > RESETS_ALLOWED:
+        if self._looping:
             self.failure("reboot-loop", now, f"{self._resets} resets")
 
     def failure(self, code: str, now: float, evidence: str = "") -> None:
@@ -193,11 +197,12 @@ class Evidence:
         if not line.strip():
             return
         self._last_lines[stream] = line
-        for failure in FAILURES:
-            if failure.pattern is not None and failure.pattern.search(line):
-                self.failure(failure.code, now, line)
-        for code, stage, pattern in _MILESTONES:
+        failures = [failure for failure in FAILURES if failure.pattern is not None and failure.pattern.search(line)]
+        for failure in failures:
+            self.failure(failure.code, now, line)
+        for code, stage, pattern in () if failures else _MILESTONES:
             if pattern.search(line):
+                self._advanced = now if code in _RECOVERED else self._advanced
                 self.stage = max(self.stage, stage)
                 self._signal(Signal(code=code, stream=stream, seconds=now, text=line.strip()[:_SIGNAL_LIMIT]))
         if _LOGIN.search(line.strip()):
@@ -221,7 +226,7 @@ class Evidence:
         """The end of the boot, if this is it. ``busy`` says that the processors work."""
         settle = self.patience.settle
         ending = self._ending()
-        if ending is not None and (now - ending.first >= settle or ending.failure.code == "reboot-loop"):
+        if ending is not None and (now - ending.first >= settle * ending.failure.settle or self._looping):
             return self._decided(Result.FAIL, ending.first)
         if ending is None and self._alive is not None and now - self._alive.seconds >= settle:
             return self._decided(Result.PASS, self._alive.seconds)
@@ -262,7 +267,13 @@ class Evidence:
     def _stands(self, sighting: _Sighting) -> bool:
         if sighting.boot < self._resets:
             return False
+        if sighting.last < self._advanced:
+            return False
         return self._alive is None or sighting.last > self._alive.seconds
+
+    @property
+    def _looping(self) -> bool:
+        return self._resets > RESETS_ALLOWED
 
     def _seen(self, *weights: Weight) -> Iterator[_Sighting]:
         return (sighting for sighting in self._sightings.values() if sighting.failure.weight in weights)

@@ -24,7 +24,8 @@ class Weight(Enum):
 class FailureClass:
     """One way to fail. ``pattern`` is searched in single lines of the console; None: seen otherwise.
 
-    ``inconsistency`` says that a copy of a file system that was being written explains it too.
+    ``inconsistency`` says that a copy of a file system that was being written explains it too. ``settle`` is by how much longer than
+    usual it must stand: GRUB goes on by itself some seconds after an error, perhaps with a fallback entry.
     """
 
     code: str
@@ -33,14 +34,22 @@ class FailureClass:
     message: str
     fix: str
     inconsistency: bool = False
+    settle: float = 1.0
 
 
 def _class(
-    code: str, weight: Weight, pattern: str, message: str, fix: str, *, inconsistency: bool = False
+    code: str,
+    weight: Weight,
+    pattern: str,
+    message: str,
+    fix: str,
+    *,
+    inconsistency: bool = False,
+    settle: float = 1.0,
 ) -> FailureClass:
     compiled = re.compile(pattern) if pattern else None
     return FailureClass(
-        code=code, pattern=compiled, weight=weight, message=message, fix=fix, inconsistency=inconsistency
+        code=code, pattern=compiled, weight=weight, message=message, fix=fix, inconsistency=inconsistency, settle=settle
     )
 
 
@@ -128,6 +137,7 @@ FAILURES: tuple[FailureClass, ...] = (
         "GRUB could not load the kernel",
         "put the kernel that the configuration names back into /boot, or write the configuration again",
         inconsistency=True,
+        settle=4.0,
     ),
     _class(
         "grub-error",
@@ -138,13 +148,6 @@ FAILURES: tuple[FailureClass, ...] = (
         "GRUB reported an error",
         "check /boot and the boot loader's configuration",
         inconsistency=True,
-    ),
-    _class(
-        "grub-press-key",
-        Weight.WAITING,
-        r"^\s*Press any key to continue\.\.\.",
-        "GRUB waits for a key after an error",
-        "",
     ),
     _class(
         "systemd-boot-failed",

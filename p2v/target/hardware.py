@@ -60,7 +60,7 @@ _both(
         chipset=Chipset.Q35,
         controller=Controller.SATA,
         nic=NicModel.E1000E,
-        missing="Hyper-V's VMBus, on which a generation 2 machine has its disks and network (hv_storvsc, hv_netvsc); SATA and e1000e stand in",
+        missing="Hyper-V's VMBus, which carries disks and network of generation 2 (hv_storvsc, hv_netvsc); SATA and e1000e stand in",
     ),
 )
 _both(
@@ -99,8 +99,8 @@ def platform_hardware(
 ) -> EmulatedPlatform:
     """The kind of hardware that ``platform`` has, as far as QEMU can emulate it.
 
-    ``firmware`` None is the machine's (BIOS when that is not known either). ``bus`` and ``nic`` override the platform's usual controller and
-    card, as the definition that was written asks for them. ``memory`` in bytes; 0 leaves it to the boot.
+    ``firmware`` None is the machine's (BIOS when that is not known either). ``bus`` and ``nic`` override the platform's usual
+    controller and card, as the definition that was written asks for them. ``memory`` in bytes; 0 leaves it to the boot.
     Raises ``UsageError`` for a platform that is not known.
     """
     kind_of_firmware = firmware or (machine.firmware if machine is not None else Firmware.BIOS)
