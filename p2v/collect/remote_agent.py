@@ -50,6 +50,8 @@ MAX_QUEUE = 256
 ZERO_PAGE = bytes(PAGE)
 SAMPLE = 64 << 10  # bytes that are compressed now and then to learn what compression costs and saves
 SAMPLE_EVERY = 24  # replies
+WINDOW = 32 << 20  # bytes sent that the cost of sending is the mean of
+WARM_UP = 6 << 20  # bytes sent before the cost is believed
 GONE = (errno.ENXIO, errno.ENODEV, 123, errno.ESHUTDOWN)  # 123: ENOMEDIUM
 BLKSSZGET, BLKPBSZGET = 0x1268, 0x127B  # linux/fs.h
 F_SETPIPE_SZ = 1031
@@ -72,10 +74,12 @@ class Link:
         self.ratio = 1.0
         self.on = mode == "always"
         self.replies = 0
+        self.amount = 0
 
     def sent(self, amount: int, seconds: float) -> None:
-        weight = min(1.0, amount / float(4 << 20))
-        self.send_cost += (seconds / amount - self.send_cost) * weight
+        # The mean of all at first, then of about the last 32 MiB: a moment without a processor is no slow link.
+        self.amount += amount
+        self.send_cost += (seconds / amount - self.send_cost) * amount / min(self.amount, max(amount, WINDOW))
 
     def compressed(self, before: int, after: int, seconds: float) -> None:
         weight = 0.25 if self.compress_cost < 1.0 else 1.0
@@ -85,6 +89,8 @@ class Link:
     def decide(self, view: memoryview) -> bool:
         if self.mode != "auto":
             return self.on
+        if self.amount < WARM_UP:
+            return False
         self.replies += 1
         if self.replies % SAMPLE_EVERY == 1 and len(view) >= SAMPLE:
             started = time.perf_counter()

@@ -34,9 +34,7 @@ _ANSWER_SECONDS = 20.0  # opening a channel, asking for root
 _OUTPUT_LIMIT = 64 << 20
 _STDERR_LIMIT = 256 << 10
 _SESSIONS = 6  # commands at once on one connection; OpenSSH's MaxSessions is 10, and long-lived processes count too
-_PACKET = 256 << 10  # largest SSH packet asked for: the cost of the Python path is per packet
-_WINDOW = 2 << 20  # paramiko's default; larger windows were slower at the sending side
-_CHUNK = 4 << 20
+_CHUNK = 256 << 10  # a read that joins more pieces costs more in fresh memory than it saves
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -351,10 +349,12 @@ class Session:
     def _process(self, asked: str, way: _Way, lane: int, silence: float | None) -> RemoteProcess:
         import paramiko
 
+        from p2v.session.login import open_channel
+
         transport = self._lane(lane)
         token = "P2V_RUN=" + secrets.token_hex(8)
         try:
-            channel = transport.open_session(window_size=_WINDOW, max_packet_size=_PACKET, timeout=_ANSWER_SECONDS)
+            channel = open_channel(transport, timeout=_ANSWER_SECONDS)
             channel.exec_command((way.prefix + _shell(token, asked)).encode())
         except paramiko.ChannelException as error:
             raise HostError(
