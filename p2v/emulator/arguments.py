@@ -61,8 +61,9 @@ def escaped(value: Path | str) -> str:
 
 def board(hardware: Hardware, accelerator: Accelerator) -> list[str]:
     """Machine, processor and memory. Nothing is on the board that was not asked for."""
-    # la57: kernels then use five-level page tables, which only cost time in an emulator.
-    processor = "host,migratable=off" if accelerator is Accelerator.KVM else "max,la57=off"
+    # Left out of all that TCG can do: five-level page tables, which only cost time in an emulator, and nested virtualization, which
+    # makes guests load kvm.
+    processor = "host,migratable=off" if accelerator is Accelerator.KVM else "max,la57=off,svm=off"
     tcg = "tcg,thread=multi,tb-size=512"
     return [
         *("-no-user-config", "-nodefaults", "-display", "none", "-parallel", "none"),

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from formats.errors import UnsafeImageError
+from formats.images import FORMATS, probe
 from formats.machine import Machine, Nic
 from p2v.emulator import Accelerator, Drive, Emulator, Hardware, Network
 from p2v.errors import EmulatorError
@@ -50,7 +52,8 @@ def boot(
     variables: UEFI variable store to start from. findings: put into the verdict first (what the hardware cannot stand for).
     listen: gets a few words whenever something was seen; must not raise. stop: set by the caller, ends the boot as unproven.
 
-    Raises ``EmulatorError`` when QEMU cannot be started or breaks off; whatever the guest does is in the verdict.
+    Raises ``EmulatorError`` when QEMU cannot be started or breaks off, and what ``formats.images.probe`` raises for a path that is not raw,
+    ``UnsafeImageError`` for one that reaches for other files. Whatever the guest does is in the verdict.
     """
     if not disks:
         raise ValueError("nothing to boot from")
@@ -58,6 +61,7 @@ def boot(
     folder.mkdir(parents=True, exist_ok=True)
     hardware, network = _for_machine(machine, hardware)
     windows = machine is not None and machine.system.family == "windows"
+    disks = [_checked(disk) for disk in disks]
     with Emulator(
         hardware, disks, folder=folder, network=network, accelerator=accelerator, variables=variables, windows=windows
     ) as emulator:
@@ -71,7 +75,7 @@ def boot(
         return Verdict(
             level=Level.BOOTS,
             result=decision.result,
-            signals=tuple(watch.evidence.signals),
+            signals=tuple(dataclasses.replace(s, seconds=round(s.seconds, 1)) for s in watch.evidence.signals),
             findings=(*findings, *decision.findings),
             seconds=round(decision.seconds, 1),
             console=str(emulator.console_log),
@@ -80,6 +84,21 @@ def boot(
             hardware=emulator.hardware.describe(),
             accelerator=emulator.accelerator.value,
         )
+
+
+def _checked(disk: BootDisk) -> BootDisk:
+    """A path's header is read before QEMU sees it: it may not reach for other files. Raw has no header, NBD was checked by its server."""
+    if disk.path is None or disk.format == "raw":
+        return disk
+    name = next((known.name for known in FORMATS.values() if known.driver == disk.format), disk.format)
+    header = probe(disk.path, format=name)
+    if header.backing or header.references:
+        raise UnsafeImageError(
+            f"{disk.path} reaches for other files: {', '.join(filter(None, (header.backing, *header.references)))}",
+            advice="boot it through formats.images.open_source, which checks them, or convert it to one file first",
+            subject=str(disk.path),
+        )
+    return dataclasses.replace(disk, options={**header.options, **disk.options})
 
 
 def _ignore(_text: str) -> None:

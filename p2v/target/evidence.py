@@ -49,7 +49,11 @@ _MILESTONES: tuple[tuple[str, Stage, re.Pattern[str]], ...] = (
     ),
     ("kernel", Stage.KERNEL, re.compile(r"Linux version \d|Booting paravirtualized kernel")),
     ("initramfs", Stage.KERNEL, re.compile(r"Loading, please wait|Begin: |running in (?:initrd|initramfs)|dracut-\d")),
-    ("userland", Stage.USERLAND, re.compile(r"Welcome to (?!GRUB).*!|INIT: version|systemd\[1\]: systemd \d.*running|OpenRC")),
+    (
+        "userland",
+        Stage.USERLAND,
+        re.compile(r"Welcome to (?!GRUB).*!|INIT: version|systemd\[1\]: systemd \d.*running|OpenRC"),
+    ),
     ("multi-user", Stage.USERLAND, re.compile(r"Reached target.*(?:multi-user\.target|Multi-User System)")),
     ("graphical", Stage.USERLAND, re.compile(r"Reached target.*(?:graphical\.target|Graphical Interface)")),
 )

@@ -1,8 +1,8 @@
 """Which emulated hardware stands in for a platform's, and what it cannot stand for.
 
-The emulation has the same kind of firmware, disk controller and NIC as a platform's usual virtual machine, because that is what a guest's
-drivers have to match. Where QEMU has no such device, the nearest one that the guest's own system drives stands in and a
-finding says so: the verdict then proves the disks, not the drivers.
+The emulation has the same kind of firmware, disk controller and NIC as a platform's usual virtual machine, because that is
+what a guest's drivers have to match; the board is not copied for BIOS guests. Where QEMU has no such device, the nearest one
+that the guest's own system drives stands in and a finding says so: the verdict then proves the disks, not the drivers.
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ def platform_hardware(
     if kind is None:
         raise UsageError(f"no platform named {platform!r}", advice=f"known are: {', '.join(PLATFORM_NAMES)}")
     controller = kind.controller if bus is None else _BUSES.get(bus, kind.controller)
-    # A PCI-less bus on a PCI Express board is an oddity that no platform has.
-    chipset = Chipset.PC if controller is Controller.IDE else kind.chipset
+    # BIOS guests boot on the i440FX whatever the platform's board: only there the screen stays readable text (see
+    # emulator.arguments.display), and controller and NIC, which the guest's drivers have to match, are the same devices.
+    chipset = Chipset.PC if kind_of_firmware is Firmware.BIOS else kind.chipset
     hardware = Hardware(
         firmware=kind_of_firmware,
         chipset=chipset,

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from formats import qemu_img
+from formats.errors import UnsafeImageError
 from formats.machine import Firmware
 from p2v.emulator import Accelerator, Chipset, Controller, Hardware, NicModel
 from p2v.target.boots import BootDisk, boot
 from p2v.target.evidence import Patience
+from p2v.target.hardware import platform_hardware
 from p2v.target.verdict import Level, Result, Verdict
+from tests.machines.builder import BuiltMachine
 from tests.p2v.boot_sector import Step, boot_disk
 from tests.requirement import needs
 
@@ -173,3 +178,96 @@ def test_uefi_with_an_empty_disk_fails(tmp_path: Path) -> None:
     verdict = boot(None, [drive], hardware, folder=tmp_path, patience=patience, accelerator=Accelerator.TCG)
     assert verdict.result is Result.FAIL
     assert codes(verdict) & {"uefi-shell", "no-bootable-device"}
+
+
+@pytest.mark.parametrize(
+    ("driver", "options"),
+    [
+        ("qcow2", ""),
+        ("vmdk", "subformat=monolithicSparse"),
+        ("vmdk", "subformat=streamOptimized"),
+        ("vpc", ""),
+        ("vhdx", ""),
+        ("vdi", ""),
+    ],
+)
+def test_boots_an_image_of_each_format(tmp_path: Path, driver: str, options: str) -> None:
+    raw, image = boot_disk(tmp_path / "disk.raw", [("serial", "metal1 login: ")]), tmp_path / "image"
+    extra = ["-o", options] if options else []
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", driver, *extra, str(raw), str(image)], check=True)
+    disk = BootDisk(path=image, format=driver)
+    verdict = boot(None, [disk], Hardware(), folder=tmp_path, patience=QUICK, accelerator=Accelerator.TCG)
+    assert verdict.result is Result.PASS
+
+
+def test_an_image_that_reaches_for_another_file_is_refused(tmp_path: Path) -> None:
+    raw, image = boot_disk(tmp_path / "disk.raw", [("serial", "metal1 login: ")]), tmp_path / "image"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(raw), "-F", "raw", str(image)], check=True)
+    with pytest.raises(UnsafeImageError):
+        boot(None, [BootDisk(path=image, format="qcow2")], Hardware(), folder=tmp_path, patience=QUICK)
+
+
+# -- a real machine --------------------------------------------------------------------------------------------------
+
+
+def real(disk: Path, folder: Path, platform: str) -> Verdict:
+    hardware = platform_hardware(platform).hardware
+    return boot(None, [BootDisk(path=disk)], hardware, folder=folder, accelerator=Accelerator.TCG)
+
+
+def on_boot_partition(disk: Path, change: Callable[[str], None]) -> None:
+    # The recipe's /boot is the first partition, at 1 MiB; debugfs takes an offset in the name.
+    change(f"{disk}?offset={1 << 20}")
+
+
+@pytest.fixture
+def copy(bios_lvm_disk: BuiltMachine, tmp_path: Path) -> Path:
+    target = tmp_path / "copy.raw"
+    subprocess.run(["cp", "--sparse=always", str(bios_lvm_disk.disk), str(target)], check=True)
+    target.chmod(0o600)
+    return target
+
+
+@pytest.mark.slow_boot
+def test_a_sound_machine_boots(bios_lvm_disk: BuiltMachine, tmp_path: Path) -> None:
+    verdict = real(bios_lvm_disk.disk, tmp_path / "boot", "vsphere")
+    assert verdict.result is Result.PASS
+    seen = {signal.code for signal in verdict.signals}
+    assert {"loader", "kernel", "initramfs", "userland"} <= seen
+    assert seen & {"login-prompt", "ssh-banner"}
+    assert verdict.bytes_read[0] < 512 << 20
+
+
+@pytest.mark.slow_boot
+@needs("debugfs")
+def test_a_machine_without_its_kernel_fails_in_grub(copy: Path, tmp_path: Path) -> None:
+    def remove(partition: str) -> None:
+        listing = subprocess.run(
+            ["debugfs", "-R", "ls -p /", partition], capture_output=True, text=True, check=True
+        ).stdout
+        names = [line.split("/")[5] for line in listing.splitlines() if "/vmlinuz-" in line]
+        assert names
+        for name in names:
+            subprocess.run(["debugfs", "-w", "-R", f"rm /{name}", partition], capture_output=True, check=True)
+
+    on_boot_partition(copy, remove)
+    verdict = real(copy, tmp_path / "boot", "proxmox")
+    assert verdict.result is Result.FAIL
+    assert "grub-kernel-missing" in codes(verdict)
+    assert "kernel" not in {signal.code for signal in verdict.signals}
+    assert verdict.bytes_read[0] < 64 << 20
+
+
+@pytest.mark.slow_boot
+def test_a_machine_with_a_wrong_root_fails_in_the_initramfs(copy: Path, tmp_path: Path) -> None:
+    # Same length, in the blocks of /boot alone: no file system has to be written.
+    with copy.open("r+b") as file:
+        file.seek(1 << 20)
+        boot_partition = file.read(300 << 20)
+        good = b"root=/dev/mapper/vg0-root"
+        assert good in boot_partition
+        file.seek(1 << 20)
+        file.write(boot_partition.replace(good, b"root=/dev/mapper/vg9-root"))
+    verdict = real(copy, tmp_path / "boot", "proxmox")
+    assert verdict.result is Result.FAIL
+    assert {"initramfs-shell", "root-device-missing"} <= codes(verdict)
