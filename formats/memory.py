@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from formats.block import Extent, Kind, check_range, merged
 
 _PAGE = 64 * 1024
+_ZEROES = memoryview(bytes(_PAGE))
 
 
 class MemoryDisk:
@@ -42,7 +43,7 @@ class MemoryDisk:
                 number, inside = divmod(offset + done, _PAGE)
                 step = min(_PAGE - inside, len(buffer) - done)
                 page = self._pages.get(number)
-                buffer[done : done + step] = bytes(step) if page is None else page[inside : inside + step]
+                buffer[done : done + step] = (_ZEROES if page is None else memoryview(page))[inside : inside + step]
                 done += step
 
     def extents(self, start: int, length: int) -> Iterator[Extent]:

@@ -178,7 +178,9 @@ class _Export:
             raise ValueError(f"the sink has {sink.size} bytes, the source {source.size}")
         self.source, self.sink = source, sink
         self.workers = _WORKERS if sink is None or sink.random_access else 1
-        self.flags = wire.FLAG_HAS_FLAGS | wire.FLAG_SEND_DF | wire.FLAG_CAN_MULTI_CONN
+        self.flags = wire.FLAG_HAS_FLAGS | wire.FLAG_SEND_DF
+        if sink is None or sink.random_access:  # several connections would mix up the order of a sequential sink
+            self.flags |= wire.FLAG_CAN_MULTI_CONN
         if sink is None:
             self.flags |= wire.FLAG_READ_ONLY
         else:

@@ -29,8 +29,16 @@ def serving(socket: Path, *command: str | Path) -> Iterator[str]:
         assert socket.exists()
         yield f"nbd+unix:///?socket={socket}"
     finally:
-        server.terminate()
-        server.communicate(timeout=60)
+        for _ in range(60):
+            server.terminate()
+            try:
+                server.communicate(timeout=1)
+                break
+            except subprocess.TimeoutExpired:
+                continue  # qemu-nbd now and then forgets the first signal: say it again
+        else:
+            server.kill()
+            server.communicate()
 
 
 def qemu_nbd(folder: Path, image: Path, form: str, *, writable: bool = False) -> AbstractContextManager[str]:

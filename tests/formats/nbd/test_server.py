@@ -351,7 +351,7 @@ def test_a_sequential_sink_gets_its_writes_in_order() -> None:
 
     sink = Ascending(16 * MIB)
     with NbdServer({"disk": sink}, sinks={"disk": sink}) as server:
-        ours = connect(server.uri("disk"), connections=1)
+        ours = connect(server.uri("disk"))
         ours.write(memoryview(noise(16 * MIB)), 0)
         with pytest.raises(WriteError):
             ours.write(memoryview(b"x"), 0)
