@@ -18,7 +18,7 @@ from formats.layouts import ext, lvm, partition, swap
 from formats.layouts.signature import signatures
 from formats.layouts.used import Composite, Content, UsedMap
 from formats.layouts.window import Window
-from formats.machine import PartitionTable
+from formats.machine import PartitionTable, TableKind
 
 _SECTORS = (512, 4096)
 
@@ -99,7 +99,8 @@ class _Disk:
 
     def _find(self) -> Iterator[_Volume]:
         table = self._reading.table
-        if table is None:
+        if table is None or (table.kind is TableKind.MBR and not table.partitions):
+            # The boot record of a file system without partitions looks like an MBR whose table is empty.
             if not self._reading.damage:
                 yield _volume(0, 0, self._source)
             return
@@ -190,7 +191,9 @@ def _see_through(volumes: list[_Volume]) -> None:
 def _map_group(group: lvm.VolumeGroupText, present: Mapping[str, _Volume]) -> None:
     sources = {name: volume.source for name, volume in present.items()}
     contents: dict[str, Content] = {}
-    for logical in lvm.plain_volumes(group):
+    # A group whose extents contradict one another says nothing certain of any of its volumes.
+    sound = all(group.occupied(pv) is not None for pv in group.physical)
+    for logical in lvm.plain_volumes(group) if sound else ():
         if all(area.name in sources for segment in logical.segments for area in segment.areas):
             try:
                 contents[logical.name] = look(lvm.lv_source(group, logical, sources))

@@ -105,6 +105,9 @@ def _read_mbr(source: BlockSource, sector: int, boot: bytes, entries: tuple[_Ent
     signature = struct.unpack_from("<I", boot, 0x1B8)[0]
     partitions: list[Partition] = []
     damage = ""
+    present = [entry for entry in entries if entry.type and entry.count]
+    if len(present) == 1 and present[0].start == 0:
+        return TableReading(table=None)  # mkfs.fat describes the whole disk so, for firmware that insists on a table
     for number, entry in enumerate(entries, 1):
         if entry.type == 0 or entry.count == 0:
             continue
