@@ -49,7 +49,7 @@ _STOP_SECONDS = 300.0  # for cached writes to reach a slow disk when a server en
 _GUARDED = """
 exec 3<&0 </dev/null
 ( read -r _ <&3 || {
-    [ -z "$P2V_REMOVE" ] || rm -rf -- "$P2V_REMOVE"
+    [ "$0" = - ] || rm -rf -- "$0"
     for _ in 1 2 3 4 5; do kill -TERM $$ || exit; sleep 1; done
 } ) >/dev/null 2>&1 &
 exec "$@" 3<&-
@@ -368,13 +368,14 @@ class _Guarded:
         if shutil.which(argv[0]) is None:
             advice = f"install the Debian package {_PACKAGE}: apt-get install {_PACKAGE}"
             raise ImageToolError(f"the program {argv[0]} is not installed", advice=advice)
+        # P2V_ variables may hold secrets.
         # start_new_session: Ctrl-C at a terminal reaches this process alone, which then ends its children in order.
         self.popen = subprocess.Popen(
-            ["/bin/sh", "-c", _GUARDED, "sh", *argv],
+            ["/bin/sh", "-c", _GUARDED, str(remove or "-"), *argv],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=errors,
-            env={**os.environ, "LC_ALL": "C", "P2V_REMOVE": str(remove or "")},
+            env={name: text for name, text in os.environ.items() if not name.startswith("P2V_")} | {"LC_ALL": "C"},
             start_new_session=True,
         )
 

@@ -107,10 +107,10 @@ def open_source(path: Path, *, format: str | None = None) -> BlockSource:  # noq
         from formats.images.raw import RawFile
 
         return RawFile(path)
-    if header.references and header.format == "vmdk":
-        flat = _open_flat(path, header)
-        if flat is not None:
-            return flat
+    if header.references:
+        extents = _extents(path)
+        if all(extent.kind != "SPARSE" for extent in extents):
+            return _compose(path, extents)
     from formats.images.served import ServedSource
 
     return ServedSource(path, image_format(header.format).driver, header.size, header.options)
@@ -136,8 +136,6 @@ def _refuse(path: Path, header: ImageHeader) -> None:
             advice="convert it to a single file where it was made",
             subject=subject,
         )
-    for name in header.references:
-        _check_extent(path, name)
     if header.encrypted:
         raise ImageUnsupportedError(f"{path} is encrypted", advice="decrypt it where it was made", subject=subject)
     if header.unclean and header.format in ("vhdx", "qcow2"):
@@ -167,14 +165,23 @@ def _check_extent(path: Path, name: str) -> None:
         raise UnsafeImageError(f"{path} names {name}, which is no plain file", subject=str(path))
 
 
-def _open_flat(path: Path, header: ImageHeader) -> BlockSource | None:
-    """Compose a disk from the plain files of a flat VMDK; None when it has sparse extents."""
-    from formats.images.raw import RawFile
-
+def _extents(path: Path) -> tuple[vmdk.Extent, ...]:
+    """The extents of a VMDK descriptor, each looked at before anything is opened for its content: QEMU would follow a sparse one that is a descriptor again."""
     with Headers(path) as file:
         extents = vmdk.parse_descriptor(file, file.at(0, file.size)).extents
-    if any(extent.kind not in ("FLAT", "VMFS", "ZERO") for extent in extents):
-        return None
+    for extent in extents:
+        if extent.file:
+            _check_extent(path, extent.file)
+        if extent.kind == "SPARSE":
+            with Headers(path.parent / extent.file) as part:
+                vmdk.read_extent(part)
+    return extents
+
+
+def _compose(path: Path, extents: tuple[vmdk.Extent, ...]) -> BlockSource:
+    """A disk from the plain files of a flat VMDK."""
+    from formats.images.raw import RawFile
+
     segments: list[Segment] = []
     opened: dict[str, RawFile] = {}
     position = 0
@@ -190,8 +197,6 @@ def _open_flat(path: Path, header: ImageHeader) -> BlockSource | None:
                 if length:
                     segments.append(Segment(position, length, part, start))
             position += length
-        if position != header.size:
-            raise ImageError(f"{path} changed while it was opened", subject=str(path))
         return Mapped(position, segments)
     except BaseException:
         for part in opened.values():

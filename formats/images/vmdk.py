@@ -53,6 +53,14 @@ def read_header(file: Headers) -> ImageHeader:
     return _sparse(file) if file.at(0, 4) == MAGIC else _described(file)
 
 
+def read_extent(file: Headers) -> ImageHeader:
+    """Read the header of a sparse extent that a descriptor names. It may be no descriptor again, nor the child of another disk."""
+    file.require(file.at(0, 4) == MAGIC, "no sparse extent")
+    header = _sparse(file)
+    file.require(not header.backing, "an extent that is based on another file")
+    return header
+
+
 def _sparse(file: Headers) -> ImageHeader:
     fields = _HEADER.unpack(file.at(0, _HEADER.size))
     _, version, flags, capacity, grain, text_at, text_size, entries, _, directory, _, _, _, _ = fields

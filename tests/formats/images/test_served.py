@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -240,6 +241,22 @@ class TestRefusals:
             open_source(path)
         (tmp_path / "x").symlink_to("/etc/passwd")
         with pytest.raises(UnsafeImageError, match="no plain file"):
+            open_source(path)
+
+    def test_a_sparse_extent_may_be_no_descriptor_again(self, tmp_path: Path) -> None:
+        path = tmp_path / "disk.vmdk"
+        disks.write(path, "vmdk", disks.shape("sparse"), subformat="twoGbMaxExtentSparse")
+        (part,) = probe(path).references
+        extent = bytearray((tmp_path / part).read_bytes())
+        extent[12:20] = bytes(8)  # no capacity: QEMU goes by the text inside
+        extent[28:44] = struct.pack("<QQ", 1, 20)
+        text = b'# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType="monolithicFlat"\nRW 16384 FLAT "/etc/passwd" 0\n'
+        extent[512 : 512 + 10240] = text.ljust(10240, b"\0")
+        (tmp_path / part).write_bytes(extent)
+        with pytest.raises(ImageError, match="without capacity"):
+            open_source(path)
+        (tmp_path / part).write_bytes(text)
+        with pytest.raises(ImageError, match="no sparse extent"):
             open_source(path)
 
     def test_devices_are_refused(self, tmp_path: Path) -> None:
