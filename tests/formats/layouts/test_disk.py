@@ -76,9 +76,9 @@ def dos_disk(tmp_path: Path) -> Path:
         file.seek(512)
         file.write(random.Random(1).randbytes(2047 * 512))
     for start, options, mebibytes in (
-        (2048, "-t ext4", 200),
-        (413696, "-t ext3 -b 1024", 100),
-        (1435648, "-t ext2", 199),
+        (2048, "-t ext4", 40),
+        (86016, "-t ext3 -b 1024", 40),
+        (290816, "-t ext2", 58),
     ):
         put(disk, start * 512, make_ext(tmp_path / "part", options, mebibytes, content))
     swap = blank(tmp_path / "part", 20 * MIB)
