@@ -69,7 +69,8 @@ class PhysicalMachine:
 
     The disk is a throw-away overlay over the built one; a given `overlay` (qcow2, made if it is not there) is kept.
     The network is QEMU's user network without any way out; only the SSH port is forwarded, on 127.0.0.1 (`port`, 0 for
-    a free one). QEMU dies with the thread that entered. Every failure is a MachineError with the end of the console.
+    a free one). QEMU dies with the thread that entered, so enter in one that outlives the use. A machine that does not
+    start, boot or answer raises MachineError with the end of its console.
     """
 
     def __init__(
@@ -296,7 +297,10 @@ class PhysicalMachine:
     def run(
         self, command: str, *, text: str | None = None, check: bool = True, timeout: float = 180.0
     ) -> subprocess.CompletedProcess[str]:
-        """Run a shell command as root with `text` on its standard input; a failure raises unless `check` is false."""
+        """Run a shell command as root with `text` on its standard input.
+
+        A failure raises MachineError unless `check` is false; subprocess.TimeoutExpired after `timeout` seconds.
+        """
         result = subprocess.run(
             [*self.ssh_command(), command],
             input="" if text is None else text,
