@@ -19,8 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-import msgspec
-
 from formats import qemu_img
 from formats.block import BlockSource
 from formats.definitions import Definition, render
@@ -28,11 +26,9 @@ from formats.errors import NoSpaceError, UsageError, WriteError
 from formats.images import create_sink, image_format, open_source
 from formats.machine import Machine
 from formats.progress import Progress
+from formats.records import RECORD, FolderRecord, StoredDisk, encode
 from formats.transfer import Fingerprint, Transferred, copy, fingerprint
 from p2v.plan import DiskPlan, Plan
-
-RECORD = "machine.json"
-"""Name of the file that holds the machine's record beside its disks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,13 +148,20 @@ class Emission:
         for file in sorted(self.work.iterdir()):
             file.rename(plan.folder / file.name)
         os.fsync(self._lock)
-        self._write(RECORD, encode_record(machine, plan, extra))
+        self._write(RECORD, encode(self._record(machine, extra)))
         for name in sorted(definition.files, key=lambda name: name == definition.main):
             self._write(name, definition.files[name].encode(), executable=name in definition.scripts)
         return Artifact(
             folder=plan.folder,
             definition=plan.folder / definition.main,
             disks=tuple(plan.folder / disk.file for disk in plan.disks),
+        )
+
+    def _record(self, machine: Machine, extra: Mapping[str, object]) -> FolderRecord:
+        plan = self.plan
+        disks = tuple(StoredDisk(id=d.disk_id, file=d.file, format=d.format, size=d.size) for d in plan.disks)
+        return FolderRecord(
+            machine=machine, disks=disks, platform=plan.platform.name, hardware=plan.hardware, extra=extra
         )
 
     def definition(self, machine: Machine) -> Definition:
@@ -185,15 +188,3 @@ class Emission:
 
 
 _AGAIN = "Run the conversion again; if it repeats, look at the destination's memory and storage (dmesg)."
-
-
-def encode_record(machine: Machine, plan: Plan, extra: Mapping[str, object]) -> bytes:
-    """The content of ``machine.json``: what a later run needs to take this folder as a source."""
-    document = {
-        "version": 1,
-        "machine": machine,
-        "disks": [{"id": d.disk_id, "file": d.file, "format": d.format, "size": d.size} for d in plan.disks],
-        "platform": plan.platform.name,
-        **extra,
-    }
-    return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
