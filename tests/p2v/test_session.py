@@ -354,7 +354,7 @@ class TestLink:
 
     def test_silence_is_noticed(self, sshd: SshServer) -> None:
         with proxy(sshd.port) as link, Session.connect(sshd.target(port=link.port)) as made:
-            process = made.start("cat", silence=1.0)
+            process = made.start("cat", silence=5.0)
             process.write(b"x")
             assert process.read(1) == b"x"
             link.freeze()

@@ -502,7 +502,7 @@ class TestTrouble:
         path = folder / "disk"
         path.write_bytes(content(MIB))
         with proxy(sshd.port) as link, Session.connect(sshd.target(port=link.port)) as made:
-            with Agent.start(made, channels=1, silence=2.0) as cut:
+            with Agent.start(made, channels=1, silence=8.0) as cut:
                 disk, pid = cut.disk(str(path)), str(cut.facts["pid"])
                 assert session.run(["kill", "-0", pid]).exit_code == 0
                 link.freeze()
@@ -513,9 +513,9 @@ class TestTrouble:
     def test_an_idle_agent_stays(self, session: Session, folder: Path) -> None:
         path = folder / "disk"
         path.write_bytes(content(MIB))
-        with Agent.start(session, channels=1, silence=1.0) as idle:
+        with Agent.start(session, channels=1, silence=8.0) as idle:
             disk = idle.disk(str(path))
-            time.sleep(2.5)
+            time.sleep(10)  # longer than the silence that ends an agent
             assert whole(disk) == path.read_bytes()
 
     def test_a_killed_agent(self, session: Session, folder: Path) -> None:
