@@ -556,7 +556,9 @@ def _wait_until_gone(session: Session, pid: str) -> None:
 class TestCompression:
     def test_stays_off_on_a_fast_link(self, agent: Agent, folder: Path) -> None:
         path = folder / "disk"
-        path.write_bytes(b"the quick brown fox " * (24 * MIB // 20))
+        path.write_bytes(
+            random.Random(3).randbytes(12 * MIB).hex().encode()
+        )  # shrinks to half, at the cost of real data
         before = agent.compressed_replies
         assert whole(agent.disk(str(path))) == path.read_bytes()
         assert agent.compressed_replies == before
