@@ -166,7 +166,10 @@ def _check_extent(path: Path, name: str) -> None:
 
 
 def _extents(path: Path) -> tuple[vmdk.Extent, ...]:
-    """The extents of a VMDK descriptor, each looked at before anything is opened for its content: QEMU would follow a sparse one that is a descriptor again."""
+    """The extents of a VMDK descriptor, each looked at before it is opened for its content.
+
+    QEMU would follow a sparse extent that is a descriptor again to whatever that one names.
+    """
     with Headers(path) as file:
         extents = vmdk.parse_descriptor(file, file.at(0, file.size)).extents
     for extent in extents:
