@@ -19,10 +19,11 @@ from formats.machine import Firmware
 from p2v.emulator import arguments
 from p2v.emulator.acceleration import Accelerator, proven_accelerator
 from p2v.emulator.console import SerialConsole
+from p2v.emulator.glyphs import read_text
 from p2v.emulator.hardware import DirectKernel, Drive, Hardware, Network
 from p2v.emulator.monitor import Event, Monitor
 from p2v.emulator.process import find_program, guarded
-from p2v.emulator.screen import TEXT_ADDRESS, TEXT_BYTES, decode_text, parse_ppm, write_screenshot
+from p2v.emulator.screen import TEXT_ADDRESS, TEXT_BYTES, TEXT_PICTURES, decode_text, parse_ppm, png_of
 from p2v.errors import EmulatorError
 
 _SANDBOX = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
@@ -207,7 +208,10 @@ class Emulator:
             raise
 
     def screen_text(self) -> tuple[str, ...] | None:
-        """The 25 lines of the text screen; None in graphics mode."""
+        """The lines on the screen, of text mode or of a console drawn on a frame buffer; None when it cannot be read."""
+        width, height, pixels = self.picture()
+        if (width, height) not in TEXT_PICTURES:
+            return read_text(width, height, pixels)
         file = self._work / "text"
         self.execute("pmemsave", {"val": TEXT_ADDRESS, "size": TEXT_BYTES, "filename": str(file)})
         return decode_text(file.read_bytes())
@@ -216,16 +220,14 @@ class Emulator:
         """The screen as it is now: width, height and RGB bytes."""
         file = self._work / "screen.ppm"
         self.execute("screendump", {"filename": str(file)})
-        return parse_ppm(file.read_bytes())
+        try:
+            return parse_ppm(file.read_bytes())
+        except ValueError as error:
+            raise EmulatorError(f"QEMU gave no picture: {error}", advice="see QEMU's own messages") from error
 
     def screenshot(self, png: Path) -> None:
         """Write the screen as it is now as a PNG file."""
-        file = self._work / "screen.ppm"
-        self.execute("screendump", {"filename": str(file)})
-        try:
-            write_screenshot(file, png)
-        except ValueError as error:
-            raise EmulatorError(f"QEMU gave no picture: {error}", advice="see QEMU's own messages") from error
+        png.write_bytes(png_of(*self.picture()))
 
     def bytes_read(self) -> tuple[int, ...]:
         """Bytes that the guest has read from each disk, in the order of the drives."""

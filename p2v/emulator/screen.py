@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
-from pathlib import Path
 
 TEXT_ADDRESS = 0xB8000
 TEXT_COLUMNS = 80
 TEXT_ROWS = 25
 TEXT_BYTES = TEXT_COLUMNS * TEXT_ROWS * 2
 
+TEXT_PICTURES = frozenset({(720, 400), (640, 400)})
+"""Sizes of the picture in text mode with 80x25 characters: cells of 9x16 or 8x16 pixels."""
+
 _PIXELS = 1 << 26
+_PPM = re.compile(rb"P6\s(\d{1,5})\s(\d{1,5})\s255\s")
 
 
 def decode_text(memory: bytes) -> tuple[str, ...] | None:
@@ -32,9 +36,8 @@ def decode_text(memory: bytes) -> tuple[str, ...] | None:
     return tuple(text[row * TEXT_COLUMNS : (row + 1) * TEXT_COLUMNS].rstrip() for row in range(TEXT_ROWS))
 
 
-def ppm_to_png(ppm: bytes) -> bytes:
-    """A PNG of a binary PPM picture with 8 bits a channel; ``ValueError`` when it is none."""
-    width, height, pixels = parse_ppm(ppm)
+def png_of(width: int, height: int, pixels: memoryview) -> bytes:
+    """A PNG of RGB bytes, row by row."""
     rows = b"".join(b"\0" + pixels[row * width * 3 : (row + 1) * width * 3] for row in range(height))
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 6)), (b"IEND", b""))
@@ -45,16 +48,11 @@ def ppm_to_png(ppm: bytes) -> bytes:
 
 def parse_ppm(ppm: bytes) -> tuple[int, int, memoryview]:
     """Width, height and RGB bytes of a binary PPM picture; ``ValueError`` when it is none."""
-    fields = ppm[:64].split(maxsplit=4)
-    if len(fields) < 5 or fields[0] != b"P6" or fields[3] != b"255":
+    header = _PPM.match(ppm)
+    if header is None:
         raise ValueError("not a binary PPM picture with 8 bits a channel")
-    width, height = int(fields[1]), int(fields[2])
+    width, height = int(header[1]), int(header[2])
     size = width * height * 3
-    if not 0 < width * height <= _PIXELS or len(ppm) < size:
+    if not 0 < width * height <= _PIXELS or len(ppm) - header.end() < size:
         raise ValueError(f"a PPM picture of {width}x{height} in {len(ppm)} bytes")
-    return width, height, memoryview(ppm)[len(ppm) - size :]
-
-
-def write_screenshot(ppm: Path, png: Path) -> None:
-    """Turn QEMU's PPM screendump into a PNG file."""
-    png.write_bytes(ppm_to_png(ppm.read_bytes()))
+    return width, height, memoryview(ppm)[header.end() : header.end() + size]

@@ -23,7 +23,8 @@ from p2v.target.verdict import Finding, Level, Verdict
 BootDisk = Drive
 """A disk to boot from: an NBD URI, or a path with its format."""
 
-_POLL = 0.25
+_POLL = 0.25  # seconds
+_SCREEN_POLL = 0.75
 _BANNER_LIMIT = 255  # RFC 4253, section 4.2
 _BUSY_SHARE = 0.2
 _DEAD_AFTER = 3.0  # seconds of silence before the processors are looked at
@@ -142,6 +143,7 @@ class _Watch:
         self._processor = (0.0, 0.0)
         self._moved = 0.0
         self._heard = 0
+        self._screened = -_SCREEN_POLL
 
     def run(self) -> Decision:
         """Watch until the decision."""
@@ -169,7 +171,9 @@ class _Watch:
             self._events += 1
             self._event(event.name, event.data, emulator.since_start(event))
         evidence.serial(emulator.console.take(), now)
-        evidence.screen(emulator.screen_text(), now)
+        if now - self._screened >= _SCREEN_POLL:
+            evidence.screen(emulator.screen_text(), now)
+            self._screened = emulator.seconds
         counts = emulator.bytes_read()
         if counts != self.bytes_read:
             self.bytes_read = counts

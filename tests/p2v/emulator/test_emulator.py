@@ -29,9 +29,10 @@ from p2v.emulator import (
     acceleration,
     arguments,
     create_overlay,
+    glyphs,
     process,
 )
-from p2v.emulator.screen import ppm_to_png
+from p2v.emulator.screen import parse_ppm, png_of
 from p2v.errors import EmulatorError
 from tests.p2v.boot_sector import boot_disk
 from tests.requirement import needs
@@ -297,14 +298,36 @@ def test_a_picture_becomes_a_png() -> None:
     import struct
     import zlib
 
-    png = ppm_to_png(b"P6\n2 1\n255\n" + bytes([255, 0, 0, 0, 0, 255]))
+    png = png_of(*parse_ppm(b"P6\n2 1\n255\n" + bytes([255, 0, 0, 0, 0, 255])))
     assert struct.unpack(">II", png[16:24]) == (2, 1)
     start = png.index(b"IDAT") + 4
     length = struct.unpack(">I", png[start - 8 : start - 4])[0]
     assert zlib.decompress(png[start : start + length]) == b"\0" + bytes([255, 0, 0, 0, 0, 255])
     for broken in (b"P5\n2 1\n255\n" + bytes(6), b"P6\n2 2\n255\n" + bytes(6), b"P6\n99999 99999\n255\n"):
         with pytest.raises(ValueError, match="PPM"):
-            ppm_to_png(broken)
+            parse_ppm(broken)
+
+
+def test_a_console_on_a_frame_buffer_is_read(tmp_path: Path) -> None:
+    rows = {letter: glyph for glyph, letter in glyphs.font().items()}
+    if not rows:
+        pytest.skip("no VGA BIOS to take the font from")
+    width, height = 1280, 800
+    text = ["[    8.332] Kernel panic - not syncing: VFS: Unable to mount root fs", "", "metal1 login: "]
+    picture = bytearray(width * height * 3)
+    for line, content in enumerate(text):
+        for column, letter in enumerate(content):
+            for y, bits in enumerate(rows[letter] if letter != " " else bytes(16)):
+                for x in range(8):
+                    if bits << x & 0x80:
+                        place = ((line * 16 + y) * width + column * 8 + x) * 3
+                        picture[place : place + 3] = bytes([170, 170, 170])
+    lines = glyphs.read_text(width, height, memoryview(picture))
+    assert lines is not None
+    assert list(lines[:3]) == [line.rstrip() for line in text]
+    assert glyphs.read_text(width, height, memoryview(bytes(len(picture)))) is None
+    assert glyphs.read_text(width, height, memoryview(bytes(range(256)) * (len(picture) // 256))) is None
+    assert glyphs.read_text(width, height, memoryview(b"")) is None
 
 
 # -- nothing is left -------------------------------------------------------------------------------------------------
