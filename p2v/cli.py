@@ -362,10 +362,10 @@ def boot(
 
 
 def show_verdict(console: Console, verdict: Verdict) -> None:
-    """The verdict for a person."""
-    console.say(f"verdict {verdict.level}/{verdict.result} after {human_time(verdict.seconds)}")
-    for signal_ in verdict.signals:
-        console.say(f"  seen     {signal_.describe()}")
+    """The verdict for a person; what was seen on the way has been told while it was seen, and is in the JSON."""
+    console.say(
+        f"verdict {verdict.level}/{verdict.result} after {human_time(verdict.seconds)}, {verdict.accelerator}: {verdict.reason}"
+    )
     for finding in verdict.findings:
         console.say(f"  finding  {finding.describe()}")
     for label, path in (("console", verdict.console), ("screen", verdict.screenshot)):

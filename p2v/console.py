@@ -154,8 +154,8 @@ class Console:
     # -- to stdout ------------------------------------------------------------------------------------------------
 
     def say(self, text: str = "") -> None:
-        """A line of the result for a person; nothing with ``--json``."""
-        if not self.json_output:
+        """A line of the result for a person; nothing with ``--json`` or ``--quiet``."""
+        if not self.json_output and not self.quiet:
             self.stdout.write(text + "\n")
 
     def table(self, columns: list[str], rows: list[list[str]]) -> None:

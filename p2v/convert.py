@@ -312,7 +312,7 @@ def boot_sources(
             patience=patience(timeout),
             fuzzy=fuzzy,
             findings=target.findings,
-            listen=lambda text: console.log(f"  seen: {text}"),
+            listen=lambda text: console.log(f"  seen: {text:.110}"),
         )
         if server.error is not None:
             raise server.error
