@@ -43,23 +43,29 @@ if [ "$ACCEL" = kvm ]; then CPU=${CPU:-host}; else CPU=${CPU:-max}; fi
 
 _FIRMWARE = """\
 # UEFI: the firmware's code comes from the distribution; the machine's variables are kept in a copy beside this script.
-# OVMF_CODE and OVMF_VARS overrule what is found.
+# OVMF_CODE and OVMF_VARS, set together, overrule what is found.
 if [ -z "${OVMF_CODE:-}" ]; then
     for pair in @PAIRS@; do
         OVMF_CODE=${pair%%:*}
-        OVMF_VARS=${OVMF_VARS:-${pair#*:}}
+        OVMF_VARS=${pair#*:}
         [ -r "$OVMF_CODE" ] && [ -r "$OVMF_VARS" ] && break
-        OVMF_CODE= OVMF_VARS=
+        OVMF_CODE=""
     done
 fi
-[ -n "${OVMF_CODE:-}" ] || { echo "no UEFI firmware found: install the package ovmf (edk2-ovmf), or set OVMF_CODE and
-OVMF_VARS" >&2; exit 1; } [ -e "$nvram" ] || cp -- "$OVMF_VARS" "$nvram"
+if [ -z "$OVMF_CODE" ]; then
+    echo "no UEFI firmware found: install the package ovmf (edk2-ovmf), or set OVMF_CODE and OVMF_VARS" >&2
+    exit 1
+fi
+[ -e "$nvram" ] || cp -- "$OVMF_VARS" "$nvram"
 """
 
 _DISPLAY = """\
 # Without a graphical session the machine's serial console is this terminal (Ctrl-A X ends it).
-if [ -z "${DISPLAY:-}${WAYLAND_DISPLAY:-}" ]; then set -- -display none -serial mon:stdio "$@"; else set -- -serial vc
-"$@"; fi
+if [ -z "${DISPLAY:-}${WAYLAND_DISPLAY:-}" ]; then
+    set -- -display none -serial mon:stdio "$@"
+else
+    set -- -serial vc "$@"
+fi
 """
 
 _PLAIN_FIRMWARE = (
@@ -135,7 +141,7 @@ def _script(machine: Machine, disks: Sequence[DefinedDisk], hardware: Hardware, 
         pairs = _SECURE_FIRMWARE if hardware.secure_boot else _PLAIN_FIRMWARE
         yield _FIRMWARE.replace("@PAIRS@", " \\\n        ".join(pairs))
     if machine.nics:
-        yield "# Each network card's other end. NETWORK=bridge,br=br0 puts it on a bridge, NETWORK=user,restrict=on cuts it off."
+        yield "# Each card's other end: NETWORK=bridge,br=br0 is a bridge, NETWORK=user,restrict=on cuts it off."
         yield f"NETWORK=${{NETWORK:-{_network(hardware)}}}"
         yield ""
     yield _DISPLAY
@@ -276,7 +282,7 @@ def parse(text: str) -> ParsedDefinition:
     """Read what a script of ours was made from; it is not run. ``ImageError`` when it is none of ours, or its comment
     was damaged.
     """
-    line = next((line for line in text.splitlines()[:10] if line.startswith(_MARK)), "")
+    line = next((line for line in text.split("\n")[:10] if line.startswith(_MARK)), "")
     if not line or len(line) > _LINE_MOST:
         raise ImageError("the script is none that this toolkit wrote")
     try:

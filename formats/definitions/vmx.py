@@ -140,7 +140,7 @@ def _nic_entries(machine: Machine, hardware: Hardware) -> Iterator[tuple[str, st
             yield f"{card}.connectionType", hardware.network or "nat"
         else:
             yield f"{card}.connectionType", "custom"
-            yield f"{card}.vnet", hardware.network
+            yield f"{card}.vnet", display_name(hardware.network)
         if mac_of(nic.mac):
             yield f"{card}.addressType", "static"
             yield f"{card}.address", mac_of(nic.mac)
@@ -190,7 +190,7 @@ def parse(text: str) -> ParsedDefinition:
 def _values(text: str) -> dict[str, str]:
     """The entries by key in lower case; the first of two with one key counts."""
     values: dict[str, str] = {}
-    lines = text.splitlines()
+    lines = text.split("\n")
     if len(lines) > _ENTRIES_MOST:
         raise UnsafeImageError(f"the .vmx file has more than {_ENTRIES_MOST} lines")
     for number, line in enumerate(lines, 1):
