@@ -23,7 +23,8 @@ from p2v.session import CommandResult
 SECONDS = 20
 """After this many seconds a single command is ended, where the host has ``timeout``."""
 
-_BATCH_SECONDS = 180.0
+_BATCH_SECONDS = 300.0
+_INITRAMFS_SECONDS = 120
 
 
 class Runner(Protocol):
@@ -238,7 +239,8 @@ def _initramfs_part() -> str:
     return (
         'P=; for c in python3 /usr/libexec/platform-python python; do command -v $c >/dev/null 2>&1 && "$c" -c '
         f"'import sys; sys.exit(sys.version_info < (3, 4))' 2>/dev/null && {{ P=$c; break; }}; done\n"
-        f'b initramfs; if [ -n "$P" ]; then $T "$P" -c {program} {initramfs.GLOBS} </dev/null; '
+        f'b initramfs; if [ -n "$P" ]; then ${{T%% *}} ${{T:+{_INITRAMFS_SECONDS}}} "$P" -I -S -B -c {program} '
+        f'{initramfs.GLOBS} </dev/null; '
         'else echo "no python3" >&2; (exit 127); fi; e\n'
     )
 

@@ -22,16 +22,18 @@ TOOLS = [(b"\x28\xb5\x2f\xfd", ["zstd", "-dcq"]), (b"\x1f\x8b", ["gzip", "-dc"])
 WANTED = ("conf/initramfs.conf", "conf/conf.d/", "lib/dracut/build-parameter.txt", "lib/dracut/dracut-", "lib/dracut/hostonly",
     "buildconfig", "etc/initrd-release")
 out = sys.stdout
+SPLICE = getattr(os, "splice", None)
+SINK = os.open("/dev/null", os.O_WRONLY)
 def show(kind, *rest):
     out.write("\t".join((kind,) + tuple(r.encode("utf-8", "replace").decode("ascii", "replace") for r in rest)) + "\n")
 class Stream:
-    def __init__(self, f, limit):
-        self.f, self.at, self.rest, self.limit = f, 0, b"", limit
+    def __init__(self, f, limit, pipe=False):
+        self.f, self.at, self.rest, self.limit, self.pipe = f, 0, b"", limit, pipe
     def take(self, n):
         parts = []
         while n > 0:
             if not self.rest:
-                self.rest = self.f.read(1 << 18)
+                self.rest = self.f.read(4096)
                 if not self.rest:
                     break
             piece = self.rest[:n]
@@ -43,6 +45,16 @@ class Stream:
             raise ValueError("more than %d bytes" % self.limit)
         return b"".join(parts)
     def skip(self, n):
+        step = min(n, len(self.rest))
+        self.rest = self.rest[step:]
+        self.at += step
+        n -= step
+        while n > 65536 and self.pipe and SPLICE:
+            step = SPLICE(self.f.fileno(), SINK, min(n, 1 << 20))
+            if not step:
+                raise ValueError("cut off")
+            self.at += step
+            n -= step
         while n > 0:
             step = len(self.take(min(n, 1 << 18)))
             if not step:
@@ -93,9 +105,9 @@ def archives(s, f):
             if f is not None and head.startswith(magic):
                 show("Z", tool[0])
                 f.seek(s.at - len(head))
-                p = subprocess.Popen(tool, stdin=f, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                p = subprocess.Popen(tool, stdin=f, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
                 try:
-                    archives(Stream(p.stdout, 1 << 32), None)
+                    archives(Stream(p.stdout, 1 << 32, True), None)
                 finally:
                     p.stdout.close()
                     p.kill()
