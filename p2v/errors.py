@@ -6,6 +6,7 @@ ToolkitError
 │   ├── CommandError 34        ├── DiskVanishedError 35     ├── LinkLostError 36
 │   └── ConsistencyError 37
 ├── EmulatorError 38
+├── AdaptationError 39
 ├── DoesNotBootError 70
 ├── UnprovenError 71
 └── InterruptedRunError 130
@@ -74,6 +75,12 @@ class EmulatorError(ToolkitError):
     """QEMU is missing, does not start, or broke off without the guest's doing (exit 38)."""
 
     exit_code: ClassVar[int] = 38
+
+
+class AdaptationError(ToolkitError):
+    """The machine could not be adapted to its new hardware; its disks are as they were (exit 39)."""
+
+    exit_code: ClassVar[int] = 39
 
 
 class DoesNotBootError(ToolkitError):

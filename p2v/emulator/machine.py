@@ -53,11 +53,13 @@ class Emulator:
         variables: Path | None = None,
         windows: bool = False,
         stop_on_reset: bool = False,
+        report: bool = False,
     ) -> None:
         """``variables`` is a UEFI variable store to start from, copied; ``accelerator`` None is the proven one.
 
         ``windows`` gives the display that Windows needs. With ``stop_on_reset`` a reset by the guest halts the machine
-        instead (a SHUTDOWN event with reason guest-reset), as a self-adaptation boot needs it.
+        instead (a SHUTDOWN event with reason guest-reset), as a self-adaptation boot needs it. ``report`` adds a second serial port,
+        whose output is bounded like the console's: ``report.log`` in the folder.
         """
         self.program = find_program()
         self.accelerator = accelerator or proven_accelerator(self.program)
@@ -67,6 +69,8 @@ class Emulator:
         self._drives = tuple(drives)
         self._network, self._kernel, self._variables = network, kernel, variables
         self._windows, self._stop_on_reset = windows, stop_on_reset
+        self._report = report
+        self.report: SerialConsole | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._resources = contextlib.ExitStack()
         self._started = 0.0
@@ -78,11 +82,7 @@ class Emulator:
             self._work = Path(
                 self._resources.enter_context(tempfile.TemporaryDirectory(prefix=".work-", dir=self.folder))
             )
-            self.console = SerialConsole(self.console_log)
-            self._resources.callback(self.console.close)
-            self._monitor = Monitor()
-            self._resources.callback(self._monitor.close)
-            self._resources.callback(self._kill)
+            self._connect()
             argv = self._argv()
             try:
                 self._start([*argv, *_SANDBOX])
@@ -105,8 +105,14 @@ class Emulator:
         # The first attempt has used up the socket pairs.
         self._resources.pop_all().close()
         self._work = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix=".work-", dir=self.folder)))
+        self._connect()
+
+    def _connect(self) -> None:
         self.console = SerialConsole(self.console_log)
         self._resources.callback(self.console.close)
+        if self._report:
+            self.report = SerialConsole(self.folder / "report.log")
+            self._resources.callback(self.report.close)
         self._monitor = Monitor()
         self._resources.callback(self._monitor.close)
         self._resources.callback(self._kill)
@@ -139,16 +145,20 @@ class Emulator:
             *("-chardev", f"socket,id=monitor,fd={monitor}", "-mon", "chardev=monitor,mode=control"),
             *("-chardev", f"socket,id=serial,fd={serial}", "-serial", "chardev:serial"),
         ]
+        ends = [monitor, serial]
+        if self.report is not None:
+            ends.append(self.report.peer.fileno())
+            argv += ["-chardev", f"socket,id=report,fd={ends[-1]}", "-serial", "chardev:report"]
         self._messages = self._work / "messages"
         with self._messages.open("wb") as messages:
             self._process = self._monitor.call(
-                lambda: guarded(
-                    argv, pass_fds=(monitor, serial), stderr=messages, environment={"TMPDIR": str(self._work)}
-                )
+                lambda: guarded(argv, pass_fds=ends, stderr=messages, environment={"TMPDIR": str(self._work)})
             )
         self._started = time.monotonic()
         self._monitor.peer.close()  # so that QEMU's end is the only one, and its end is seen
         self.console.peer.close()
+        if self.report is not None:
+            self.report.peer.close()
         try:
             self._monitor.connect()
         except EmulatorError as error:
