@@ -18,7 +18,6 @@ Facts: Linux ``Documentation/filesystems/ext4`` (superblock, group descriptors, 
 
 from __future__ import annotations
 
-import re
 import struct
 import threading
 from array import array
@@ -58,10 +57,9 @@ _BATCH_GROUPS = 16  # at least so many groups' bitmaps are looked at together
 _BATCH_GROUPS_MOST = 64
 _BATCHES_KEPT = 32
 _DESCRIPTOR_BLOCKS_KEPT = 64
+_DESCRIPTOR_BLOCKS_READ = 16
 _READ_MOST = 1 << 20
 _READ_GAP = 32 * 1024  # bitmaps that lie closer than this are one read
-
-_ONES = re.compile("1+")
 
 
 class _UntrustedError(Exception):
@@ -376,12 +374,12 @@ class _ExtMap:
         for group, described in groups.items():
             bits = self._bits(group, described, bitmaps)
             shift = (group - first) * fs.clusters_per_group
-            for run in _ONES.finditer(bits):
-                if batch.ends and batch.ends[-1] == shift + run.start():
-                    batch.ends[-1] = shift + run.end()
+            for start, end in _ones(bits):
+                if batch.ends and batch.ends[-1] == shift + start:
+                    batch.ends[-1] = shift + end
                 else:
-                    batch.starts.append(shift + run.start())
-                    batch.ends.append(shift + run.end())
+                    batch.starts.append(shift + start)
+                    batch.ends.append(shift + end)
         return batch
 
     def _bits(self, group: int, described: _Group, bitmaps: dict[int, bytes]) -> str:
@@ -466,16 +464,39 @@ class _ExtMap:
     def _descriptor_block(self, number: int) -> bytes:
         block = self._descriptor_blocks.get(number)
         if block is None:
-            fs = self._super
-            position = fs.descriptor_block(number)
-            # Out of the file system only when the superblock lies: zeroes make descriptors that nothing trusts.
-            block = bytes(fs.block)
-            if position < fs.blocks:
-                block = _read(self._source, position * fs.block, fs.block)
-            self._descriptor_blocks[number] = block
+            for nearby, content in self._read_descriptor_blocks(number):
+                self._descriptor_blocks[nearby] = content
             while len(self._descriptor_blocks) > _DESCRIPTOR_BLOCKS_KEPT:
                 self._descriptor_blocks.popitem(last=False)
+            block = self._descriptor_blocks[number]
         return block
+
+    def _read_descriptor_blocks(self, number: int) -> Iterator[tuple[int, bytes]]:
+        """The block of that number; where the table lies in one piece, those behind it that the next groups need
+        too.
+        """
+        fs = self._super
+        count = 1
+        if fs.first_meta_bg is None:
+            count = min(_DESCRIPTOR_BLOCKS_READ, fs.gdt_blocks - number)
+        position = fs.descriptor_block(number)
+        if position + count > fs.blocks:
+            # Only when the superblock lies: zeroes make descriptors that nothing trusts.
+            yield number, bytes(fs.block)
+            return
+        for block, raw in _read_blocks(self._source, fs.block, list(range(position, position + count))):
+            yield block - position + number, raw
+
+
+def _ones(bits: str) -> Iterator[tuple[int, int]]:
+    """The runs of 1 in the text, as (first, end)."""
+    start = bits.find("1")
+    while start >= 0:
+        end = bits.find("0", start)
+        if end < 0:
+            end = len(bits)
+        yield start, end
+        start = bits.find("1", end)
 
 
 def _read(source: BlockSource, offset: int, length: int) -> bytes:
