@@ -1,8 +1,9 @@
 """The catalogue of read-only commands that describe a machine, run as one batch.
 
-All commands go into one POSIX shell script that is piped to ``sh``: one round trip, no file on the host. Each command's output is framed on
-standard output *and* standard error by lines that hold a nonce of this run, so any bytes may lie between them and both streams stay
-apart without a temporary file. Times come from /proc/uptime, which a shell reads without starting a process.
+All commands go into one POSIX shell script that is piped to ``sh``: one round trip, no file on the host; a second one lists the initramfs
+images meanwhile. Each command's output is framed on standard output *and* standard error by lines that hold a nonce of this run, so any
+bytes may lie between them and both streams stay apart without a temporary file. Times come from /proc/uptime, which a shell reads
+without starting a process.
 
 LVM is asked with ``--readonly`` (no locks, no repair) and told to keep no hints, backups or archives: nothing is written.
 """
@@ -13,6 +14,7 @@ import re
 import secrets
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -217,9 +219,12 @@ e() { r=$?; read -r u _ </proc/uptime; printf '\\n%%s E %%s %%s %%s\\n' "$N" $r 
 """
 
 
+_EPILOGUE = "printf '\\n%s Z\\n' \"$N\"\n"
+
+
 def script(nonce: str, catalogue: Sequence[Command] = CATALOGUE) -> str:
-    """The batch as shell text; ``nonce`` marks its frames."""
-    parts = [f"N=@{nonce}\n", _PROLOGUE % {"seconds": SECONDS}]
+    """The catalogue as shell text; ``nonce`` marks its frames."""
+    parts = [_prologue(nonce)]
     for command in catalogue:
         body = f"( {command.text} ) </dev/null" if command.script else f"$T {command.text} </dev/null"
         if command.each:
@@ -229,20 +234,23 @@ def script(nonce: str, catalogue: Sequence[Command] = CATALOGUE) -> str:
             )
         else:
             parts.append(f"b {command.name}; {body}; e\n")
-    parts.append(_initramfs_part())
-    parts.append("printf '\\n%s Z\\n' \"$N\"\n")
-    return "".join(parts)
+    return "".join([*parts, _EPILOGUE])
 
 
-def _initramfs_part() -> str:
-    program = shlex.quote(initramfs.PROGRAM)
+def initramfs_script(nonce: str) -> str:
+    """The listing of the initramfs images as shell text; the slowest part, so it runs beside the catalogue."""
     return (
+        f"{_prologue(nonce)}"
         'P=; for c in python3 /usr/libexec/platform-python python; do command -v $c >/dev/null 2>&1 && "$c" -c '
-        f"'import sys; sys.exit(sys.version_info < (3, 4))' 2>/dev/null && {{ P=$c; break; }}; done\n"
-        f'b initramfs; if [ -n "$P" ]; then ${{T%% *}} ${{T:+{_INITRAMFS_SECONDS}}} "$P" -I -S -B -c {program} '
-        f'{initramfs.GLOBS} </dev/null; '
-        'else echo "no python3" >&2; (exit 127); fi; e\n'
+        "'import sys; sys.exit(sys.version_info < (3, 4))' 2>/dev/null && { P=$c; break; }; done\n"
+        f'b initramfs; if [ -n "$P" ]; then ${{T%% *}} ${{T:+{_INITRAMFS_SECONDS}}} "$P" -I -S -B -c '
+        f"{shlex.quote(initramfs.PROGRAM)} {initramfs.GLOBS} </dev/null; "
+        f'else echo "no python3" >&2; (exit 127); fi; e\n{_EPILOGUE}'
     )
+
+
+def _prologue(nonce: str) -> str:
+    return f"N=@{nonce}\n{_PROLOGUE % {'seconds': SECONDS}}"
 
 
 def collect(runner: Runner, *, root: bool = True) -> CommandLog:
@@ -251,8 +259,18 @@ def collect(runner: Runner, *, root: bool = True) -> CommandLog:
     What ``runner.run`` raises is passed on: without a connection or a way to become root there is nothing to collect.
     """
     nonce = secrets.token_hex(12)
-    result = runner.run("sh -s", root=root, input=script(nonce).encode(), timeout=_BATCH_SECONDS)
-    return parse(nonce, result.stdout, result.stderr)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="initramfs") as beside:
+
+        def run(text: str) -> CommandLog:
+            result = runner.run("sh -s", root=root, input=text.encode(), timeout=_BATCH_SECONDS)
+            return parse(nonce, result.stdout, result.stderr)
+
+        slow = beside.submit(run, initramfs_script(nonce))
+        logs = (run(script(nonce)), slow.result())
+    return CommandLog(
+        outcomes={name: outcome for log in logs for name, outcome in log.outcomes.items()},
+        complete=all(log.complete for log in logs),
+    )
 
 
 def parse(nonce: str, stdout: bytes, stderr: bytes) -> CommandLog:
