@@ -33,7 +33,15 @@ def volume(
     mount: str = "",
     used: int | None = None,
 ) -> Volume:
-    return Volume(path=path, kind=kind, size=size * MIB, parents=parents, content=content, mountpoints=(mount,) if mount else (), used=None if used is None else used * MIB)  # fmt: skip
+    return Volume(
+        path=path,
+        kind=kind,
+        size=size * MIB,
+        parents=parents,
+        content=content,
+        mountpoints=(mount,) if mount else (),
+        used=None if used is None else used * MIB,
+    )
 
 
 def linear(name: str, start: int, size: int, kind: str = "striped") -> LogicalVolume:
@@ -93,7 +101,8 @@ def test_volumes_by_snapshot_boot_by_freeze() -> None:
 def test_no_free_extents_is_fuzzy_and_says_what_to_do() -> None:
     plan = planned(found=label(linear("swap", 0, 100), linear("root", 100, 900)))
     assert plan.disks[0].consistency is Consistency.FUZZY
-    assert plan.snapshots == plan.mounts == ()
+    assert not plan.snapshots
+    assert not plan.mounts
     (notice,) = plan.notices
     assert (notice.code, notice.subject) == ("fuzzy-disk", "one")
     assert "64 MiB" in notice.advice
@@ -117,7 +126,8 @@ def test_what_cannot_be_held_still_has_a_reason(volumes: tuple[Volume, ...], wor
 
 
 def test_vfat_is_read_twice_and_unmounted_partitions_as_they_are() -> None:
-    plan = planned(with_volumes(volume("/dev/sda1", "/dev/sda", size=300, content="vfat", mount="/boot/efi"), volume("/dev/sda2", "/dev/sda", content="ntfs")))  # fmt: skip
+    esp = volume("/dev/sda1", "/dev/sda", size=300, content="vfat", mount="/boot/efi")
+    plan = planned(with_volumes(esp, volume("/dev/sda2", "/dev/sda", content="ntfs")))
     assert [r.treatment for r in plan.disks[0].regions] == [Treatment.STAGED_TWICE, Treatment.LIVE]
     assert plan.disks[0].consistency is Consistency.CRASH
     assert plan.mounts == ()
