@@ -79,18 +79,16 @@ class Emulator:
 
     def __enter__(self) -> Self:
         try:
-            self._work = Path(
-                self._resources.enter_context(tempfile.TemporaryDirectory(prefix=".work-", dir=self.folder))
-            )
-            self._connect()
-            argv = self._argv()
+            self._prepare()
             try:
-                self._start([*argv, *_SANDBOX])
+                self._start([*self._argv(), *_SANDBOX])
             except EmulatorError as error:
                 if "sandbox" not in str(error):
                     raise
-                self._renew()
-                self._start(argv)  # a QEMU that was built without seccomp
+                # A QEMU that was built without seccomp. The first attempt has used up the socket pairs.
+                self._resources.pop_all().close()
+                self._prepare()
+                self._start(self._argv())
         except BaseException:
             self._resources.close()
             raise
@@ -101,13 +99,8 @@ class Emulator:
     ) -> None:
         self._resources.close()
 
-    def _renew(self) -> None:
-        # The first attempt has used up the socket pairs.
-        self._resources.pop_all().close()
+    def _prepare(self) -> None:
         self._work = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix=".work-", dir=self.folder)))
-        self._connect()
-
-    def _connect(self) -> None:
         self.console = SerialConsole(self.console_log)
         self._resources.callback(self.console.close)
         if self._report:
@@ -270,6 +263,21 @@ class Emulator:
             and all(bit == "1" for bit in halted)
             and not any(int(value, 16) & 0x200 for value in flags)
         )
+
+    def kernel_runs(self) -> bool:
+        """Whether an operating system's kernel has taken over, as far as the first processor shows it.
+
+        Paging is on, which BIOS and boot loaders leave off. UEFI has it on but runs in low addresses on ring 0: there it is an
+        address in the upper half or ring 3 that tells.
+        """
+        text = str(self.execute("human-monitor-command", {"command-line": "info registers"}))
+        control = re.search(r"\bCR0=([0-9a-f]+)", text)
+        if control is None or not int(control[1], 16) & 1 << 31:
+            return False
+        if self.hardware.firmware is Firmware.BIOS:
+            return True
+        place, ring = re.search(r"\bRIP=([0-9a-f]{16})", text), re.search(r"\bCPL=(\d)", text)
+        return (place is not None and int(place[1], 16) >> 47 != 0) or (ring is not None and ring[1] == "3")
 
     def processor_seconds(self) -> float:
         """Processor time QEMU has used, in seconds (proc(5), fields 14 and 15 of stat)."""

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from formats.errors import UnsafeImageError
+from formats.errors import NoSpaceError, UnsafeImageError
 from formats.images import FORMATS, probe
 from formats.machine import Machine, Nic
 from p2v.emulator import Accelerator, Drive, Emulator, Hardware, Network
 from p2v.errors import EmulatorError
-from p2v.target.evidence import Decision, Evidence, Patience
+from p2v.target.evidence import Decision, Evidence, Patience, Stage
 from p2v.target.verdict import Finding, Level, Verdict
 
 BootDisk = Drive
@@ -53,8 +53,9 @@ def boot(
     variables: UEFI variable store to start from. findings: put into the verdict first (what the hardware cannot stand for).
     listen: gets a few words whenever something was seen; must not raise. stop: set by the caller, ends the boot as unproven.
 
-    Raises ``EmulatorError`` when QEMU cannot be started or breaks off, and what ``formats.images.probe`` raises for a path that is not raw,
-    ``UnsafeImageError`` for one that reaches for other files. Whatever the guest does is in the verdict.
+    Raises ``EmulatorError`` when QEMU cannot be started or breaks off; what ``formats.images.probe`` raises for a path that is not
+    raw; ``UnsafeImageError`` for one that reaches for other files; ``NoSpaceError`` when the overlays do not fit. Whatever the guest
+    does is in the verdict.
     """
     if not disks:
         raise ValueError("nothing to boot from")
@@ -182,8 +183,11 @@ class _Watch:
         if self._heard != emulator.console.total:
             self._heard, self._moved = emulator.console.total, now
         self._measure(now)
-        if now - self._moved > _DEAD_AFTER and not self._busy and emulator.processors_dead():
-            evidence.failure("processor-halted", now)
+        if now - self._moved > _DEAD_AFTER:
+            if not self._busy and emulator.processors_dead():
+                evidence.failure("processor-halted", now)
+            if evidence.stage <= Stage.LOADER and emulator.kernel_runs():
+                evidence.kernel_runs(now)
 
     def _measure(self, now: float) -> None:
         then, used = self._processor
@@ -198,6 +202,11 @@ class _Watch:
             self.evidence.reset(seconds)
         elif name == "SHUTDOWN" and facts.get("guest"):
             self.evidence.failure("powered-off", seconds, str(facts.get("reason", "")))
+        elif name == "BLOCK_IO_ERROR" and facts.get("nospace"):
+            raise NoSpaceError(
+                f"there is no room for what the machine writes in {self._emulator.folder}",
+                advice="make room there or name a folder on another file system",
+            )
         elif name == "BLOCK_IO_ERROR":
             self.evidence.failure("source-read-error", seconds, str(facts.get("reason", "")))
         elif name == "GUEST_PANICKED":

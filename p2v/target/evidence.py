@@ -167,6 +167,11 @@ class Evidence:
         """The machine did something: it read a disk."""
         self._progress = now
 
+    def kernel_runs(self, now: float) -> None:
+        """The processor executes an operating system's kernel, whether it prints or not."""
+        self.stage = max(self.stage, Stage.KERNEL)
+        self._signal(Signal(code="kernel", stream="qemu", seconds=now, text="paging is on"))
+
     def ssh_banner(self, banner: str, now: float) -> None:
         """An SSH server of the machine answered. Dropbear is no proof: initramfs images hold one to ask for passphrases."""
         self._signal(Signal(code="ssh-banner", stream="network", seconds=now, text=banner[:_SIGNAL_LIMIT]))

@@ -268,6 +268,20 @@ def test_dead_processors_are_known(tmp_path: Path) -> None:
         assert until(emulator.processors_dead)
 
 
+def test_a_kernel_is_told_from_firmware_and_loader(tmp_path: Path, hello: Path) -> None:
+    proof = tmp_path / "proof.raw"  # ends in long mode with paging
+    proof.write_bytes((acceleration._PROOF.ljust(510, b"\0") + b"\x55\xaa").ljust(1 << 20, b"\0"))
+    with Emulator(Hardware(), [Drive(path=proof)], folder=tmp_path, accelerator=TCG) as emulator:
+        assert until(emulator.kernel_runs)
+    with Emulator(Hardware(), [Drive(path=hello)], folder=tmp_path, accelerator=TCG) as emulator:
+        assert shows(emulator, "hello, screen")
+        assert not emulator.kernel_runs()
+    hardware = Hardware(firmware=Firmware.UEFI, chipset=Chipset.Q35)
+    with Emulator(hardware, [Drive(path=hello)], folder=tmp_path, accelerator=TCG) as emulator:
+        assert until(lambda: emulator.console.total > 0, 60)
+        assert not emulator.kernel_runs()
+
+
 def test_the_console_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from p2v.emulator import console
 

@@ -221,6 +221,14 @@ def test_silence_in_the_loader_fails_and_in_the_kernel_is_unproven() -> None:
     assert (decision.result, decision.findings[0].code) == (Result.UNPROVEN, "no-signal")
 
 
+def test_a_kernel_that_is_silent_but_seen_in_the_processor_is_unproven() -> None:
+    evidence = Evidence(PATIENCE)
+    evidence.screen(["GRUB loading.", "Welcome to GRUB!"], 1.0)
+    evidence.kernel_runs(5.0)
+    assert evidence.decision(15.0) is None
+    assert decided(evidence.decision(25.0)).result is Result.UNPROVEN
+
+
 def test_silence_in_graphics_is_unproven() -> None:
     evidence = Evidence(PATIENCE)
     evidence.screen(None, 1.0)
