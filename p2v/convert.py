@@ -13,7 +13,7 @@ from formats.block import BlockSource, data_bytes
 from formats.capture import Capture, Consistency, weakest
 from formats.definitions import Hardware, profile_of
 from formats.errors import Notice, ToolkitError, UsageError
-from formats.images import image_format
+from formats.images import image_format, probe
 from formats.layers import Cached, Counted
 from formats.machine import Firmware, Machine
 from formats.nbd import NbdServer
@@ -184,6 +184,7 @@ class Conversion:
                 Drive(
                     path=emission.pending(disk),
                     format=image_format(disk.format).driver,
+                    options=probe(emission.pending(disk), format=disk.format).options,
                     logical_sector=disk.logical_sector,
                 )
                 for disk in made.disks

@@ -34,7 +34,9 @@ def open_origin(
     """Open what ``source`` names; notices go to ``console``. ``UsageError`` when it names nothing that can be opened."""
     if source.startswith(_LATER):
         scheme = source.split(":", 1)[0]
-        raise ImageUnsupportedError(f"{scheme} sources cannot be read yet", advice="Use SSH into the machine, or its disk image.")
+        raise ImageUnsupportedError(
+            f"{scheme} sources cannot be read yet", advice="Use SSH into the machine, or its disk image."
+        )
     if Path(source).exists() and "://" not in source:
         from p2v.collect.files import FileOrigin
 
@@ -42,7 +44,8 @@ def open_origin(
         return
     if not _SSH.fullmatch(source):
         raise UsageError(
-            f"{source!r} is neither a file nor a host", advice="Name a host as root@HOST or ssh://USER@HOST:PORT, or the path of an image."
+            f"{source!r} is neither a file nor a host",
+            advice="Name a host as root@HOST or ssh://USER@HOST:PORT, or the path of an image.",
         )
     from p2v.collect.ssh import SshOrigin
     from p2v.session import SshTarget

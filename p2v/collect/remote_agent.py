@@ -1,8 +1,9 @@
 # ruff: noqa: B904, N818, PLR0917, PTH116, RUF005, SIM105, UP031
 """The part of the disk agent that runs on the source: piped to its Python, never written there.
 
-It must run on any Python from 3.4 on, with the standard library alone: no f-strings, no variable annotations. It writes nothing,
-opens devices read-only, and leaves when standard input closes or stays silent. ``p2v.collect.agent`` is the other side.
+It must run on any Python from 3.4 on: no f-strings, no variable annotations. Of the standard library it uses only what is in the smallest
+installations (Debian's python3-minimal has no json, queue, mmap or ctypes). It writes nothing, opens devices
+read-only, and leaves when standard input closes or stays silent. ``p2v.collect.agent`` is the other side.
 
 Request   op u8 | id u32 | device u16 | offset u64 | length u64 | extra u16, then ``extra`` bytes          (big-endian)
           OPEN extra = path, offset 1 = O_DIRECT wanted | READ | MAP | HASH offset..length, extra = block size u32 | CLOSE | PING
@@ -15,10 +16,7 @@ Reply     status u8 | flags u8 | id u32 | payload u32, then the payload
 """
 
 import errno
-import json
-import mmap
 import os
-import queue
 import select
 import stat
 import struct
@@ -26,6 +24,8 @@ import sys
 import threading
 import time
 import zlib
+from array import array
+from collections import deque
 
 try:
     from hashlib import blake2b
@@ -55,6 +55,43 @@ WARM_UP = 6 << 20  # bytes sent before the cost is believed
 GONE = (errno.ENXIO, errno.ENODEV, 123, errno.ESHUTDOWN)  # 123: ENOMEDIUM
 BLKSSZGET, BLKPBSZGET = 0x1268, 0x127B  # linux/fs.h
 F_SETPIPE_SZ = 1031
+
+
+def as_json(facts: "dict[str, int | bool | str]") -> bytes:
+    """A flat object of numbers, truths and plain words as JSON."""
+    texts = []
+    for name, value in sorted(facts.items()):
+        texts.append('"%s": %s' % (name, '"%s"' % value if isinstance(value, str) else str(value).lower()))
+    return ("{" + ", ".join(texts) + "}").encode()
+
+
+def aligned(size: int) -> memoryview:
+    """A buffer of ``size`` bytes that begins on a page, as O_DIRECT wants it."""
+    room = array("B", bytes(size + PAGE))
+    start = -room.buffer_info()[0] % PAGE
+    return memoryview(room)[start : start + size]
+
+
+class Todo:
+    """Requests on their way to the workers; ``put`` waits while ``MAX_QUEUE`` are waiting."""
+
+    def __init__(self) -> None:
+        self.waiting = deque()  # type: deque[tuple[int, int, int, int, int, bytes]]
+        self.changed = threading.Condition()
+
+    def put(self, request: "tuple[int, int, int, int, int, bytes]") -> None:
+        with self.changed:
+            while len(self.waiting) >= MAX_QUEUE:
+                self.changed.wait()
+            self.waiting.append(request)
+            self.changed.notify_all()
+
+    def get(self) -> "tuple[int, int, int, int, int, bytes]":
+        with self.changed:
+            while not self.waiting:
+                self.changed.wait()
+            self.changed.notify_all()
+            return self.waiting.popleft()
 
 
 class Vanished(Exception):
@@ -160,7 +197,7 @@ class Device:
         return int(struct.unpack("i", answer)[0])
 
     def facts(self) -> bytes:
-        return json.dumps(
+        return as_json(
             {
                 "size": self.size,
                 "sector": self.sector,
@@ -168,7 +205,7 @@ class Device:
                 "block": self.is_block,
                 "direct": self.direct,
             }
-        ).encode()
+        )
 
     def read(self, view: memoryview, offset: int, length: int) -> int:
         """Read at least the asked range into ``view``, from an aligned place on; returns where in ``view`` the range begins."""
@@ -248,7 +285,7 @@ class Device:
         return offset, found
 
 
-def find_runs(buffer: mmap.mmap, start: int, length: int, offset: int) -> "list[tuple[int, int]]":
+def find_runs(buffer: memoryview, start: int, length: int, offset: int) -> "list[tuple[int, int]]":
     """Runs of pages that are not all zero, as (start, length) within the range; pages are those of the disk."""
     runs = []
     position, end = start, start + length
@@ -256,7 +293,7 @@ def find_runs(buffer: mmap.mmap, start: int, length: int, offset: int) -> "list[
     step = PAGE - offset % PAGE
     while position < end:
         stop = min(position + step, end)
-        piece = buffer[position:stop]
+        piece = bytes(buffer[position:stop])
         if piece == (ZERO_PAGE if stop - position == PAGE else ZERO_PAGE[: stop - position]):
             if run >= 0:
                 runs.append((run - start, position - run))
@@ -277,8 +314,7 @@ class Worker(threading.Thread):
         threading.Thread.__init__(self)
         self.daemon = True
         self.agent = agent
-        self.buffer = mmap.mmap(-1, MAX_READ + 2 * PAGE)
-        self.view = memoryview(self.buffer)
+        self.view = aligned(MAX_READ + 2 * PAGE)
 
     def run(self) -> None:
         while True:
@@ -321,7 +357,7 @@ class Worker(threading.Thread):
         if length > MAX_READ:
             raise ValueError("more than %d bytes asked" % MAX_READ)
         begin = device.read(self.view, offset, length)
-        runs = find_runs(self.buffer, begin, length, offset)
+        runs = find_runs(self.view, begin, length, offset)
         flags = BUFFERED if device.wanted and not device.direct else 0
         head = struct.pack(">I", len(runs)) + b"".join([struct.pack(">II", *run) for run in runs])
         parts = [self.view[begin + start : begin + start + size] for start, size in runs]
@@ -364,7 +400,7 @@ class Agent:
         self.link = Link(mode)
         self.output = Output(self.link)
         self.devices = {}  # type: dict[int, Device]
-        self.todo = queue.Queue(MAX_QUEUE)  # type: queue.Queue[tuple[int, int, int, int, int, bytes]]
+        self.todo = Todo()
         self.workers = [Worker(self) for _ in range(workers)]
 
     def serve(self) -> None:
@@ -374,9 +410,9 @@ class Agent:
             "pid": os.getpid(),
             "uid": os.geteuid(),
             "hash": HASH_NAME,
-        }
+        }  # type: dict[str, int | bool | str]
         os.write(1, MAGIC)
-        self.output.send(OK, 0, 0, [json.dumps(greeting).encode()])
+        self.output.send(OK, 0, 0, [as_json(greeting)])
         for worker in self.workers:
             worker.start()
         while True:
