@@ -214,7 +214,8 @@ class Server:
     """A running qemu-nbd that serves one image on a private Unix socket; a context manager.
 
     ``compressed`` passes writes through QEMU's compress filter: whole clusters, each once. ``options`` are run-time options
-    of the format's driver. ``clients`` bounds simultaneous connections. The socket lies in a directory of its own with mode 0700.
+    of the format's driver. ``backing`` is the NBD URI of the disk below a qcow2 overlay; without it nothing lies below.
+    ``clients`` bounds simultaneous connections. The socket lies in a directory of its own with mode 0700.
     """
 
     def __init__(
@@ -227,13 +228,14 @@ class Server:
         clients: int = 16,
         cache: str = "writeback",
         options: Mapping[str, object] | None = None,
+        backing: str = "",
     ) -> None:
         self.image = image
         self._folder = Path(tempfile.mkdtemp(prefix="p2v-nbd-", dir=_socket_home()))
         self._socket = self._folder / "s"
         argv = ["qemu-nbd", "--persistent", f"--shared={clients}", f"--socket={self._socket}", f"--cache={cache}"]
         argv += ["--discard=unmap"] if writable else ["--read-only"]
-        argv.append(node(image, image_format, options=options, compressed=compressed))
+        argv.append(node(image, image_format, options=options, compressed=compressed, backing=backing))
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the server
         self._closed = False
         try:
@@ -314,15 +316,18 @@ def node(
     *,
     options: Mapping[str, object] | None = None,
     compressed: bool = False,
+    backing: str = "",
 ) -> str:
-    """The ``json:`` name of an image for QEMU: its format stated, its backing file cut off; an NBD URI stays as it is."""
+    """The ``json:`` name of an image for QEMU: its format stated, its backing file cut off or replaced by the NBD URI ``backing``; an
+    NBD URI as ``image`` stays as it is.
+    """
     if isinstance(image, str):
         if not image.startswith(("nbd://", "nbd+unix://")):
             raise ValueError(f"neither a path nor an NBD URI: {image!r}")
         return image
     tree: dict[str, object] = {"driver": image_format, "file": _file_node(image), **(options or {})}
     if image_format in ("qcow2", "vmdk", "qed", "qcow"):
-        tree["backing"] = None
+        tree["backing"] = {"driver": "raw", "file": _nbd_node(backing)} if backing else None
     if compressed:
         tree = {"driver": "compress", "file": tree}
     return "json:" + json.dumps(tree, ensure_ascii=False)
@@ -334,15 +339,25 @@ def _file_node(image: Path) -> dict[str, object]:
     return {"driver": "host_device" if is_device else "file", "filename": str(path)}
 
 
+def _nbd_node(uri: str) -> dict[str, object]:
+    export, path = _unix_address(uri)
+    return {"driver": "nbd", "server": {"type": "unix", "path": path}, "export": export}
+
+
+def _unix_address(uri: str) -> tuple[str, str]:
+    """Export and socket path of an NBD URI."""
+    from urllib.parse import unquote
+
+    found = re.fullmatch(r"nbd\+unix:///([^?]*)\?socket=(.+)", uri)
+    if found is None:
+        raise ValueError(f"not an NBD URI of a Unix socket: {uri!r}")
+    return unquote(found[1]), unquote(found[2])
+
+
 def _image_options(target: Path | str, target_format: str) -> str:
     # qemu-img takes no JSON node where it is told to expect image options; a comma is doubled there.
     if isinstance(target, str):
-        found = re.fullmatch(r"nbd\+unix:///([^?]*)\?socket=(.+)", target)
-        if found is None:
-            raise ValueError(f"not an NBD URI of a Unix socket: {target!r}")
-        from urllib.parse import unquote
-
-        export, path = unquote(found[1]), unquote(found[2])
+        export, path = _unix_address(target)
         text = f"driver=raw,file.driver=nbd,file.server.type=unix,file.server.path={path.replace(',', ',,')}"
         return text + (f",file.export={export.replace(',', ',,')}" if export else "")
     file = _file_node(target)

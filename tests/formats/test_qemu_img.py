@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 
 from formats import qemu_img
+from formats.block import Kind
 from formats.errors import ImageToolError, InterruptedRunError
-from formats.nbd import connect
+from formats.memory import MemoryDisk
+from formats.nbd import NbdServer, connect
+from formats.transfer import copy, fingerprint
 from tests.contracts.block_sink import noise
 from tests.contracts.block_source import MIB, read
 from tests.requirement import needs
@@ -251,3 +254,31 @@ def test_a_server_is_closed_twice_and_leaves_nothing(tmp_path: Path) -> None:
     server.close()
     assert not folder.exists()
     assert not alive(server.pid)
+
+
+@needs("qemu-img", "qemu-nbd")
+def test_an_overlay_is_served_over_the_disk_that_the_caller_names(tmp_path: Path) -> None:
+    base = MemoryDisk(64 << 20)
+    base.write(memoryview(b"below" * 1000), 1 << 20)
+    base.write(memoryview(b"below" * 1000), 32 << 20)
+    overlay = tmp_path / "overlay.qcow2"
+    qemu_img.create(overlay, "qcow2", base.size)
+    with NbdServer({"0": base}) as lower:
+        with qemu_img.Server(overlay, "qcow2", writable=True, backing=lower.uri("0")) as upper:
+            disk = connect(upper.uri)
+            disk.write(memoryview(b"above" * 1000), 32 << 20)
+            disk.flush()
+            disk.close()
+        with qemu_img.Server(overlay, "qcow2", backing=lower.uri("0")) as upper:
+            disk = connect(upper.uri)
+            expected = MemoryDisk(base.size)
+            copy(base, expected)
+            expected.write(memoryview(b"above" * 1000), 32 << 20)
+            assert fingerprint(disk) == fingerprint(expected)
+            assert (
+                sum(e.length for e in disk.extents(0, disk.size) if e.kind is Kind.DATA) < 1 << 20
+            )  # lower holes stay holes
+            disk.close()
+    buffer = memoryview(bytearray(5000))
+    base.readinto(buffer, 32 << 20)
+    assert bytes(buffer) == b"below" * 1000
