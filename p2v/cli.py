@@ -349,7 +349,7 @@ def boot(
     """
 
     def action(console: Console) -> int | None:
-        from p2v.convert import boot_path
+        from p2v.prove import boot_path
 
         verdict = boot_path(
             path, console, platform=to, disk_format=from_, firmware=firmware, level=level, timeout=timeout, memory=memory << 20,

@@ -6,32 +6,27 @@ import contextlib
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from formats.block import BlockSource, data_bytes
 from formats.capture import Capture, Consistency, weakest
 from formats.definitions import Hardware, profile_of
 from formats.errors import Notice, ToolkitError, UsageError
-from formats.images import image_format, probe
-from formats.layers import Cached, Counted
-from formats.machine import Firmware, Machine
-from formats.nbd import NbdServer
+from formats.images import open_source
+from formats.machine import Machine
 from p2v.console import Console, Stage, human_size, human_time, record
 from p2v.emit import Artifact, Emission, refuse_existing, require_space
-from p2v.emulator import Drive, NicModel
-from p2v.errors import DoesNotBootError, UnprovenError
+from p2v.errors import DoesNotBootError
 from p2v.origin import OpenOrigin
-from p2v.plan import Plan, disks_of, plan
+from p2v.plan import Plan, plan
 from p2v.preflight import Severity, examine
-from p2v.target.boots import boot
-from p2v.target.evidence import Patience
-from p2v.target.hardware import EmulatedPlatform, platform_hardware
-from p2v.target.verdict import Level, Result, Verdict
+from p2v.prove import boot_view, demand
+from p2v.target.verdict import Verdict
+from p2v.view import View
 
 BOOT_CHECKS = ("boots", "none")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_BOOT_CACHE = 64 << 20  # bytes kept of each disk while it boots: the guest reads many blocks more than once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,16 +118,17 @@ class Conversion:
         with contextlib.ExitStack() as stack:
             with console.stage("capture") as stage:
                 capture = stack.enter_context(self._origin.capture())
-                consistency = weakest(capture.disks)
+                machine, consistency = capture.machine, weakest(capture.disks)
                 stage.detail = f"consistency {consistency}"
-            self._covered(capture, emission.plan)
             for notice in capture.notices:
                 console.notice(notice)
+            self._covered(capture, emission.plan)
             fuzzy = consistency is Consistency.FUZZY
+            sources = {disk_id: disk.source for disk_id, disk in capture.disks.items()}
+            view = stack.enter_context(View(machine, sources))
             if self._request.boot_check == "boots":
-                verdict = self._boot_capture(capture, emission, rehearsal=fuzzy)
-            self._copy(capture, emission)
-            machine = capture.machine
+                verdict = self._rehearse(view, machine, emission.plan, fuzzy=fuzzy)
+            self._copy(view, sources, emission)
         self._verify(emission)
         if fuzzy and verdict is not None:
             verdict = self._boot_copy(machine, emission)
@@ -153,54 +149,44 @@ class Conversion:
 
     # -- boot ------------------------------------------------------------------------------------------------------
 
-    def _boot_capture(self, capture: Capture, emission: Emission, *, rehearsal: bool) -> Verdict:
-        name = "boot rehearsal" if rehearsal else "boot check"
+    def _boot(self, view: View, machine: Machine, made: Plan, *, name: str, fuzzy: bool = False) -> Verdict:
+        size = sum(disk.size for disk in made.disks)
         with self._console.stage(name) as stage:
-            verdict, taken = boot_sources(
-                capture.machine,
-                {disk_id: disk.source for disk_id, disk in capture.disks.items()},
-                emission.plan.platform.name,
-                emission.plan.hardware,
+            verdict = boot_view(
+                view,
+                machine,
+                made.platform.name,
+                made.hardware,
                 self._console,
-                folder=self._evidence(emission.plan),
+                folder=self._evidence(made),
                 timeout=self._request.boot_timeout,
-                fuzzy=rehearsal,
+                fuzzy=fuzzy,
             )
-            size = sum(disk.source.size for disk in capture.disks.values())
-            share = (
-                f"{human_size(taken)} of {human_size(size)} read from the source ({100 * taken / max(size, 1):.1f} %)"
+            stage.detail = (
+                f"{verdict.level}/{verdict.result} in {human_time(verdict.seconds)}, {human_size(view.bytes_read)} of "
+                f"{human_size(size)} read ({100 * view.bytes_read / max(size, 1):.1f} %)"
             )
-            stage.detail = f"{verdict.level}/{verdict.result} in {human_time(verdict.seconds)}, {share}"
-        self._console.data |= {"verdict": record(verdict), "bytes_read_before_copy": taken}
-        # A moving source can make a rehearsal come to nothing; only what it was seen to fail at counts.
-        self._demand(verdict, unproven_stops=not rehearsal, before_copy=True)
+        self._console.data["verdict"] = record(verdict)
+        return verdict
+
+    def _rehearse(self, view: View, machine: Machine, made: Plan, *, fuzzy: bool) -> Verdict:
+        """Boot before the bulk copy. From a moving source it is a rehearsal: only a failure that was seen counts."""
+        verdict = self._boot(view, machine, made, name="boot rehearsal" if fuzzy else "boot check", fuzzy=fuzzy)
+        self._console.data["bytes_read_before_copy"] = view.bytes_read
+        demand(verdict, outcome="nothing was copied", unproven_stops=not fuzzy)
         return verdict
 
     def _boot_copy(self, machine: Machine, emission: Emission) -> Verdict:
-        made = emission.plan
-        with self._console.stage("boot check of the copy") as stage:
-            target = emulated(made.platform.name, made.hardware, machine)
-            drives = [
-                Drive(
-                    path=emission.pending(disk),
-                    format=image_format(disk.format).driver,
-                    options=probe(emission.pending(disk), format=disk.format).options,
-                    logical_sector=disk.logical_sector,
+        with contextlib.ExitStack() as stack:
+            sources = {
+                disk.disk_id: stack.enter_context(
+                    contextlib.closing(open_source(emission.pending(disk), format=disk.format))
                 )
-                for disk in made.disks
-            ]
-            verdict = boot(
-                machine,
-                drives,
-                target.hardware,
-                folder=self._evidence(made),
-                patience=patience(self._request.boot_timeout),
-                findings=target.findings,
-                listen=lambda text: self._console.debug(f"boot: {text}"),
-            )
-            stage.detail = f"{verdict.level}/{verdict.result} in {human_time(verdict.seconds)}"
-        self._console.data["verdict"] = record(verdict)
-        self._demand(verdict, unproven_stops=True, before_copy=False)
+                for disk in emission.plan.disks
+            }
+            view = stack.enter_context(View(machine, sources))
+            verdict = self._boot(view, machine, emission.plan, name="boot check of the copy")
+        demand(verdict, outcome="the copy was thrown away")
         return verdict
 
     def _evidence(self, made: Plan) -> Path:
@@ -208,39 +194,23 @@ class Conversion:
         shutil.rmtree(folder, ignore_errors=True)
         return folder
 
-    def _demand(self, verdict: Verdict, *, unproven_stops: bool, before_copy: bool) -> None:
-        if verdict.result is Result.PASS or (verdict.result is Result.UNPROVEN and not unproven_stops):
-            return
-        fixes = [finding.fix for finding in verdict.findings if finding.fix]
-        advice = "\n".join(
-            [
-                *fixes,
-                f"Evidence: {verdict.console}" + (f" and {verdict.screenshot}" if verdict.screenshot else ""),
-                "To copy it all the same: --boot-check none.",
-            ]
-        )
-        when = "nothing was copied" if before_copy else "the copy was thrown away"
-        if verdict.result is Result.FAIL:
-            raise DoesNotBootError(f"the machine does not boot: {verdict.reason}; {when}", advice=advice)
-        raise UnprovenError(f"the machine was not seen to boot: {verdict.reason}; {when}", advice=advice)
-
     # -- copy ------------------------------------------------------------------------------------------------------
 
-    def _copy(self, capture: Capture, emission: Emission) -> None:
+    def _copy(self, view: View, sources: Mapping[str, BlockSource], emission: Emission) -> None:
         console, made = self._console, emission.plan
         with console.stage("map used blocks") as stage:
-            used = {disk.disk_id: data_bytes(capture.disks[disk.disk_id].source) for disk in made.disks}
+            used = {disk.disk_id: data_bytes(sources[disk.disk_id]) for disk in made.disks}
             size = sum(disk.size for disk in made.disks)
             stage.detail = f"{human_size(sum(used.values()))} of {human_size(size)} are used"
         if all(disk.subformat != "streamOptimized" for disk in made.disks):
             require_space(made.folder, sum(used.values()))
         done: dict[str, object] = {}
         for disk in made.disks:
-            with console.stage(f"copy {disk.file}") as stage:
+            with console.stage(f"copy {disk.file}") as stage, view.source(disk.disk_id) as source:
                 started = console.clock()
                 result = emission.copy(
                     disk,
-                    capture.disks[disk.disk_id].source,
+                    source,
                     progress=console.progress(f"copy {disk.file}"),
                     total=used[disk.disk_id],
                 )
@@ -275,111 +245,6 @@ class Conversion:
         for path in artifact.disks:
             console.say(f"  {path}  {human_size(path.stat().st_size)}")
         return artifact
-
-
-def boot_sources(
-    machine: Machine,
-    sources: Mapping[str, BlockSource],
-    platform: str,
-    hardware: Hardware,
-    console: Console,
-    *,
-    folder: Path | None,
-    timeout: int,
-    fuzzy: bool = False,
-) -> tuple[Verdict, int]:
-    """Boot a machine's disks on the platform's kind of hardware, straight from their sources by id; writes are thrown away.
-
-    Returns the verdict and the bytes that were read from the sources.
-    """
-    target = emulated(platform, hardware, machine)
-    counted = {str(number): Counted(sources[disk.id]) for number, disk in enumerate(disks_of(machine))}
-    cached = {name: Cached(source, limit=_BOOT_CACHE) for name, source in counted.items()}
-    with NbdServer(cached) as server:
-        drives = [
-            Drive(
-                uri=server.uri(str(number)),
-                serial=disk.serial,
-                logical_sector=disk.logical_sector,
-                physical_sector=disk.physical_sector,
-            )
-            for number, disk in enumerate(disks_of(machine))
-        ]
-        verdict = boot(
-            machine,
-            drives,
-            target.hardware,
-            folder=folder,
-            patience=patience(timeout),
-            fuzzy=fuzzy,
-            findings=target.findings,
-            listen=lambda text: console.log(f"  seen: {text:.110}"),
-        )
-        if server.error is not None:
-            raise server.error
-    return verdict, sum(source.bytes_read for source in counted.values())
-
-
-def boot_path(
-    path: Path,
-    console: Console,
-    *,
-    platform: str,
-    disk_format: str,
-    firmware: str,
-    level: str,
-    timeout: int,
-    memory: int,
-    evidence: Path | None,
-) -> Verdict:
-    """Boot what lies at ``path`` and return the verdict; texts as on the command line, empty for what the machine itself says."""
-    from p2v.collect.files import FileOrigin
-
-    if level != Level.BOOTS:
-        raise UsageError(f"there is no check of level {level!r} yet", advice="only --level boots is there")
-    if firmware and firmware not in tuple(Firmware):
-        raise UsageError(f"there is no firmware {firmware!r}", advice="choose bios or uefi")
-    origin = FileOrigin(path, disk_format=disk_format or None)
-    with origin.capture() as opened:
-        known = opened.machine
-        machine = replace(
-            known, firmware=Firmware(firmware) if firmware else known.firmware, memory=memory or known.memory
-        )
-        profile = profile_of(platform or origin.platform or "qemu")
-        hardware = origin.hardware if origin.hardware and not platform else profile.default_hardware(machine)
-        if firmware:
-            hardware = replace(hardware, firmware=machine.firmware)
-        with console.stage("boot") as stage:
-            verdict, taken = boot_sources(
-                machine,
-                {disk_id: disk.source for disk_id, disk in opened.disks.items()},
-                profile.name,
-                hardware,
-                console,
-                folder=evidence,
-                timeout=timeout,
-            )
-            stage.detail = f"{human_size(taken)} read"
-    console.data["verdict"] = record(verdict)
-    return verdict
-
-
-def emulated(platform: str, hardware: Hardware, machine: Machine) -> EmulatedPlatform:
-    """What QEMU emulates in place of the hardware that the definition asks for."""
-    usual = profile_of(platform).bus_names(hardware.firmware)[0]
-    card = hardware.nic if hardware.nic in tuple(NicModel) else None
-    return platform_hardware(
-        platform,
-        machine,
-        firmware=hardware.firmware,
-        bus=None if hardware.bus is usual else hardware.bus,
-        nic=NicModel(card) if card else None,
-    )
-
-
-def patience(timeout: int) -> Patience | None:
-    """What the user's --boot-timeout means; None leaves it to the accelerator."""
-    return replace(Patience.emulated(), total=float(timeout)) if timeout else None
 
 
 def _stage(stage: Stage) -> dict[str, object]:
