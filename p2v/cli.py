@@ -261,14 +261,16 @@ def convert(
     name: str = "",
     boot_check: Annotated[str, Parameter(name="--boot-check")] = "boots",
     boot_timeout: Annotated[int, Parameter(name="--boot-timeout")] = 0,
+    no_adapt: Annotated[bool, Parameter(name="--no-adapt")] = False,
+    adapt_only: Annotated[tuple[str, ...], Parameter(name="--adapt-only", metavar="ITEM")] = (),
     dry_run: Annotated[bool, Parameter(name="--dry-run", alias="-n")] = False,
     connection: Connection = _CONNECTION,
     output: Output = _OUTPUT,
 ) -> int:
     """Make a virtual machine of a running machine, a VM or an image, and see it boot before the bulk copy.
 
-    Order: inspect, preflight, capture (LVM snapshot where there is room), boot check straight from the source, copy of the used
-    blocks, check of the copy, definition. The definition is written last: where it is, the conversion is done.
+    Order: inspect, preflight, capture (LVM snapshot where there is room), adaptation on overlays, boot check straight from the source, copy
+    of the used blocks, check of the copy, definition. The definition is written last: where it is, the conversion is done.
 
     Parameters
     ----------
@@ -286,6 +288,11 @@ def convert(
         what has to be seen before the copy: `boots` (a login prompt or SSH banner), or `none` to copy unseen.
     boot_timeout
         seconds the machine may take to boot on the emulated target; 0 is a default that fits the emulator's speed.
+    no_adapt
+        leave the guest as it is: change nothing in it.
+    adapt_only
+        adapt this item alone; may be given several times: initramfs, names, device-map, lvm-devices, network, console, efi-fallback,
+        selinux.
     dry_run
         inspect, preflight and print the plan; copy nothing, snapshot nothing.
     """
@@ -301,6 +308,8 @@ def convert(
             name=name,
             boot_check=boot_check,
             boot_timeout=boot_timeout,
+            adapt=not no_adapt,
+            adapt_only=adapt_only,
             dry_run=dry_run,
         )
         with open_origin(source, connection.identity, connection.known_hosts, console) as origin:

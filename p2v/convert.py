@@ -1,4 +1,4 @@
-"""The order of a conversion: inspect, preflight, plan, capture, boot verdict, copy, second opinion, definition."""
+"""The order of a conversion: inspect, preflight, plan, capture, adapt, boot verdict, copy, second opinion, definition."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from formats.block import BlockSource, data_bytes
 from formats.capture import Capture, Consistency, weakest
 from formats.definitions import Hardware, profile_of
 from formats.errors import Notice, ToolkitError, UsageError
-from formats.images import open_source
+from formats.images import create_sink, open_source
 from formats.machine import Machine
+from formats.transfer import copy
+from p2v.adapt import AdaptPlan, GuestKernel, adapt, fetch_kernel, plan_adaptation
 from p2v.console import Console, Stage, human_size, human_time, record
 from p2v.emit import Artifact, Emission, refuse_existing, require_space
-from p2v.errors import DoesNotBootError
+from p2v.errors import AdaptationError, DoesNotBootError
 from p2v.origin import OpenOrigin
 from p2v.plan import Plan, plan
 from p2v.preflight import Severity, examine
@@ -39,6 +41,8 @@ class Request:
     name: str = ""
     boot_check: str = "boots"
     boot_timeout: int = 0
+    adapt: bool = True
+    adapt_only: tuple[str, ...] = ()
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -110,11 +114,12 @@ class Conversion:
         for disk in made.disks:
             say(f"  disk        {made.folder / disk.file}: {human_size(disk.size)}, {disk.format} ({disk.subformat})")
         say(f"  definition  {made.folder / made.definition}")
+        for item in self._adaptation(machine).items:
+            say(f"  adapt       {item.name}: {item.reason}")
         say(f"  boot check  {self._request.boot_check}")
 
     def _take(self, emission: Emission) -> Artifact:
         console = self._console
-        verdict: Verdict | None = None
         with contextlib.ExitStack() as stack:
             with console.stage("capture") as stage:
                 capture = stack.enter_context(self._origin.capture())
@@ -123,15 +128,18 @@ class Conversion:
             for notice in capture.notices:
                 console.notice(notice)
             self._covered(capture, emission.plan)
-            fuzzy = consistency is Consistency.FUZZY
+            kernel = self._kernel(machine, emission)
             sources = {disk_id: disk.source for disk_id, disk in capture.disks.items()}
-            view = stack.enter_context(View(machine, sources))
-            if self._request.boot_check == "boots":
-                verdict = self._rehearse(view, machine, emission.plan, fuzzy=fuzzy)
-            self._copy(view, sources, emission)
+            if consistency is Consistency.FUZZY:
+                self._rehearse(sources, machine, kernel, emission)
+                sources = self._stage(sources, emission, stack)
+                capture.__exit__(
+                    None, None, None
+                )  # nothing more is read from the moving source (C5: twice is harmless)
+            with View(machine, sources) as view:
+                verdict = self._prove(view, machine, kernel, emission)
+                self._copy(view, sources, emission)
         self._verify(emission)
-        if fuzzy and verdict is not None:
-            verdict = self._boot_copy(machine, emission)
         if verdict is None:
             console.notice(
                 Notice(
@@ -147,50 +155,119 @@ class Conversion:
             if disk.disk_id not in capture.disks:
                 raise ToolkitError(f"the capture holds no disk {disk.disk_id}", advice="Run the conversion again.")
 
-    # -- boot ------------------------------------------------------------------------------------------------------
+    # -- adapt and boot ----------------------------------------------------------------------------------------------
 
-    def _boot(self, view: View, machine: Machine, made: Plan, *, name: str, fuzzy: bool = False) -> Verdict:
+    def _kernel(self, machine: Machine, emission: Emission) -> GuestKernel | None:
+        """What the adaptation boots; None when there is nothing to adapt, or no way to."""
+        items = self._adaptation(machine).items
+        if not items or not machine.boot.kernels:
+            return None
+        if self._origin.session is None:
+            self._console.log("not adapted: the kernel of a machine at rest cannot be read yet")
+            return None
+        with self._console.stage("fetch kernel") as stage:
+            kernel = fetch_kernel(self._origin.session, machine, emission.scratch)
+            stage.detail = f"{kernel.version}, to start on {kernel.controller}"
+        return kernel
+
+    def _adaptation(self, machine: Machine) -> AdaptPlan:
+        request = self._request
+        if not request.adapt:
+            return AdaptPlan()
+        hardware = profile_of(request.platform).default_hardware(machine)
+        return plan_adaptation(machine, hardware, frozenset(request.adapt_only) or None)
+
+    def _rehearse(
+        self, sources: Mapping[str, BlockSource], machine: Machine, kernel: GuestKernel | None, emission: Emission
+    ) -> None:
+        """Adapt and boot a moving source before its copy. What that leaves is thrown away, and only a failure that was seen counts."""
+        if self._request.boot_check != "boots":
+            return
+        with View(machine, sources) as view:
+            try:
+                self._prove(view, machine, kernel, emission, rehearsal=True)
+            except AdaptationError as error:
+                self._console.log(f"the rehearsal came to nothing: {error.message}")
+
+    def _stage(
+        self, sources: Mapping[str, BlockSource], emission: Emission, stack: contextlib.ExitStack
+    ) -> dict[str, BlockSource]:
+        """Copy a moving source aside: adaptation, boot and final copy want one view that holds still."""
+        used = self._used(sources, emission.plan)
+        require_space(emission.plan.folder, 2 * sum(used.values()))
+        staged: dict[str, BlockSource] = {}
+        for number, disk in enumerate(emission.plan.disks):
+            path = emission.scratch / f"staged{number}.qcow2"
+            with self._console.stage(f"copy {disk.file} aside") as stage:
+                source = sources[disk.disk_id]
+                with contextlib.closing(create_sink(path, "qcow2", source.size)) as sink:
+                    progress = self._console.progress(f"copy {disk.file} aside")
+                    done = copy(source, sink, progress=progress, total=used[disk.disk_id])
+                    sink.flush()
+                stage.detail = f"{human_size(done.read)} read"
+            staged[disk.disk_id] = stack.enter_context(contextlib.closing(open_source(path, format="qcow2")))
+        return staged
+
+    def _prove(
+        self, view: View, machine: Machine, kernel: GuestKernel | None, emission: Emission, *, rehearsal: bool = False
+    ) -> Verdict | None:
+        """Adapt the machine on overlays that the view then sees through, and boot it; None when no boot is asked for."""
+        if kernel is not None:
+            self._adapt(view, machine, kernel, emission, rehearsal=rehearsal)
+        if self._request.boot_check != "boots":
+            return None
+        verdict = self._boot(view, machine, emission.plan, rehearsal=rehearsal)
+        demand(verdict, outcome="nothing was copied", unproven_stops=not rehearsal)
+        return verdict
+
+    def _adapt(self, view: View, machine: Machine, kernel: GuestKernel, emission: Emission, *, rehearsal: bool) -> None:
+        console, made = self._console, emission.plan
+        overlays = {
+            disk.disk_id: emission.scratch / f"{'rehearsed' if rehearsal else 'adapted'}{number}.overlay"
+            for number, disk in enumerate(made.disks)
+        }
+        with console.stage("adapt") as stage:
+            done = adapt(
+                self._adaptation(machine),
+                machine,
+                kernel,
+                view.drives(overlays),
+                self._evidence(made, "adapt"),
+                listen=lambda text: console.log(f"  {text:.110}"),
+            )
+            view.check()
+            view.lay(overlays)
+            stage.detail = f"{len(done.changes)} files changed in {human_time(done.seconds)}, see {done.audit}"
+        for item in done.items:
+            console.log(f"  adapted {item.name}: {item.status}: {item.detail}")
+        console.data["adaptation"] = {
+            "items": [record(item) for item in done.items],
+            "changes": [{"path": change.path, "kind": change.kind} for change in done.changes],
+            "audit": str(done.audit),
+        }
+
+    def _boot(self, view: View, machine: Machine, made: Plan, *, rehearsal: bool) -> Verdict:
         size = sum(disk.size for disk in made.disks)
-        with self._console.stage(name) as stage:
+        with self._console.stage("boot rehearsal" if rehearsal else "boot check") as stage:
             verdict = boot_view(
                 view,
                 machine,
                 made.platform.name,
                 made.hardware,
                 self._console,
-                folder=self._evidence(made),
+                folder=self._evidence(made, "boot"),
                 timeout=self._request.boot_timeout,
-                fuzzy=fuzzy,
+                fuzzy=rehearsal,
             )
             stage.detail = (
                 f"{verdict.level}/{verdict.result} in {human_time(verdict.seconds)}, {human_size(view.bytes_read)} of "
                 f"{human_size(size)} read ({100 * view.bytes_read / max(size, 1):.1f} %)"
             )
-        self._console.data["verdict"] = record(verdict)
+        self._console.data |= {"verdict": record(verdict), "bytes_read_before_copy": view.bytes_read}
         return verdict
 
-    def _rehearse(self, view: View, machine: Machine, made: Plan, *, fuzzy: bool) -> Verdict:
-        """Boot before the bulk copy. From a moving source it is a rehearsal: only a failure that was seen counts."""
-        verdict = self._boot(view, machine, made, name="boot rehearsal" if fuzzy else "boot check", fuzzy=fuzzy)
-        self._console.data["bytes_read_before_copy"] = view.bytes_read
-        demand(verdict, outcome="nothing was copied", unproven_stops=not fuzzy)
-        return verdict
-
-    def _boot_copy(self, machine: Machine, emission: Emission) -> Verdict:
-        with contextlib.ExitStack() as stack:
-            sources = {
-                disk.disk_id: stack.enter_context(
-                    contextlib.closing(open_source(emission.pending(disk), format=disk.format))
-                )
-                for disk in emission.plan.disks
-            }
-            view = stack.enter_context(View(machine, sources))
-            verdict = self._boot(view, machine, emission.plan, name="boot check of the copy")
-        demand(verdict, outcome="the copy was thrown away")
-        return verdict
-
-    def _evidence(self, made: Plan) -> Path:
-        folder = made.folder / f"{made.name}-boot"
+    def _evidence(self, made: Plan, what: str) -> Path:
+        folder = made.folder / f"{made.name}-{what}"
         shutil.rmtree(folder, ignore_errors=True)
         return folder
 
@@ -198,10 +275,7 @@ class Conversion:
 
     def _copy(self, view: View, sources: Mapping[str, BlockSource], emission: Emission) -> None:
         console, made = self._console, emission.plan
-        with console.stage("map used blocks") as stage:
-            used = {disk.disk_id: data_bytes(sources[disk.disk_id]) for disk in made.disks}
-            size = sum(disk.size for disk in made.disks)
-            stage.detail = f"{human_size(sum(used.values()))} of {human_size(size)} are used"
+        used = self._used(sources, made)
         if all(disk.subformat != "streamOptimized" for disk in made.disks):
             require_space(made.folder, sum(used.values()))
         done: dict[str, object] = {}
@@ -221,6 +295,13 @@ class Conversion:
             done[disk.disk_id] = {"read": result.read, "written": result.written, "size": result.size}
         console.data["copied"] = done
 
+    def _used(self, sources: Mapping[str, BlockSource], made: Plan) -> dict[str, int]:
+        with self._console.stage("map used blocks") as stage:
+            used = {disk.disk_id: data_bytes(sources[disk.disk_id]) for disk in made.disks}
+            size = sum(disk.size for disk in made.disks)
+            stage.detail = f"{human_size(sum(used.values()))} of {human_size(size)} are used"
+        return used
+
     def _verify(self, emission: Emission) -> None:
         for disk in emission.plan.disks:
             with self._console.stage(f"second opinion on {disk.file}") as stage:
@@ -234,8 +315,9 @@ class Conversion:
         facts = {
             "verdict": None if verdict is None else record(verdict),
             "consistency": consistency,
+            "adaptation": console.data.get("adaptation"),
             "notices": [record(notice) for notice in console.notices],
-            "stages": [_stage(stage) for stage in console.stages],
+            "stages": [_timed(stage) for stage in console.stages],
         }
         artifact = emission.publish(machine, facts)
         console.data["artifact"] = record(artifact)
@@ -247,7 +329,7 @@ class Conversion:
         return artifact
 
 
-def _stage(stage: Stage) -> dict[str, object]:
+def _timed(stage: Stage) -> dict[str, object]:
     return {"name": stage.name, "seconds": round(stage.seconds, 3), "detail": stage.detail}
 
 

@@ -69,6 +69,7 @@ class Emission:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.work = plan.folder / f".{plan.name}.part"
+        self.scratch = self.work / "scratch"  # for what is never published: overlays, copies aside
         self._fingerprints: dict[str, Fingerprint] = {}
         self._lock = -1
 
@@ -91,7 +92,7 @@ class Emission:
         try:
             refuse_existing(self.plan)
             shutil.rmtree(self.work, ignore_errors=True)  # what a killed run left
-            self.work.mkdir()
+            self.scratch.mkdir(parents=True)
         except BaseException:
             self._unlock()
             raise
@@ -145,7 +146,7 @@ class Emission:
         """Give disks and record their final names, then the definition; each is on stable storage before the next."""
         plan = self.plan
         definition = self.definition(machine)
-        for file in sorted(self.work.iterdir()):
+        for file in sorted(path for path in self.work.iterdir() if path.is_file()):
             file.rename(plan.folder / file.name)
         os.fsync(self._lock)
         self._write(RECORD, encode(self._record(machine, extra)))

@@ -14,13 +14,19 @@ from p2v.config import secret
 
 if TYPE_CHECKING:
     from p2v.console import Console
+    from p2v.session import Session
 
 _SSH = re.compile(r"(?:ssh://)?(?:[^@/\s]+@)(?:\[[0-9A-Fa-f:.]+\]|[^:/\s]+)(?::\d+)?/?")
 _LATER = ("vsphere://", "libvirt://", "qmp:")
 
 
 class OpenOrigin(Origin, Protocol):
-    """An origin that also cleans up after killed runs."""
+    """An origin that also cleans up after killed runs. ``session`` reaches into the live machine; None where there is none."""
+
+    @property
+    def session(self) -> Session | None:
+        """The connection to the live machine."""
+        ...
 
     def cleanup(self) -> list[str]:
         """Remove what killed runs left there and say what that was."""

@@ -42,6 +42,7 @@ class FileOrigin:
 
     def __init__(self, path: Path, *, disk_format: str | None = None) -> None:
         self.path = path
+        self.session: None = None  # a machine at rest cannot be asked
         self.platform = ""
         self.hardware: Hardware | None = None
         self._format = disk_format
