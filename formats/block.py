@@ -106,6 +106,20 @@ class BlockSink(Protocol):
         ...
 
 
+@runtime_checkable
+class Digesting(Protocol):
+    """A source that can say what a range holds without giving it: a remote disk, and what is made of such disks."""
+
+    def digest(self, start: int, length: int) -> bytes | None:
+        """BLAKE2b (32 bytes) of the range, made where the bytes are; None when that cannot be had. At most 1 MiB."""
+        ...
+
+
+def digest_of(source: BlockSource, start: int, length: int) -> bytes | None:
+    """The digest of a range as ``Digesting`` gives it; None for any other source."""
+    return source.digest(start, length) if isinstance(source, Digesting) else None
+
+
 def check_range(size: int, start: int, length: int) -> None:
     """Raise ``ValueError`` unless ``start``, ``length`` lies inside a disk of ``size`` bytes (S3, K3)."""
     if start < 0 or length < 0 or start + length > size:
@@ -113,7 +127,7 @@ def check_range(size: int, start: int, length: int) -> None:
 
 
 def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """Join neighbouring extents of one kind; empty ones are dropped. The input must be ascending and gapless."""
+    """Join neighbouring extents of one kind; empty ones are dropped, gaps stay. The input must be ascending."""
     pending: Extent | None = None
     for extent in extents:
         if extent.length == 0:

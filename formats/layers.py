@@ -11,9 +11,10 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import pairwise
 
-from formats.block import BlockSource, Extent, Kind, check_range, clipped, gaps_filled, merged
+from formats.block import BlockSource, Extent, Kind, check_range, clipped, digest_of, gaps_filled, merged
 from formats.errors import ReadError, ToolkitError
 
 _NEAR = 64 * 1024  # a gap this short is cheaper to read over than to ask again
@@ -40,6 +41,11 @@ class _Layer:
         """The extents of the source below."""
         self._check(start, length)
         return self._source.extents(start, length)
+
+    def digest(self, start: int, length: int) -> bytes | None:
+        """What the source below says; None where it cannot."""
+        self._check(start, length)
+        return digest_of(self._source, start, length)
 
     def close(self) -> None:
         """Close the source below."""
@@ -110,6 +116,14 @@ class Mapped:
         """The extents of the segments, ZERO between them."""
         self._check(start, length)
         return gaps_filled(self._tiles(start, start + length), start, length, Kind.ZERO)
+
+    def digest(self, start: int, length: int) -> bytes | None:
+        """What the source of the one segment says that holds all of the range; None for a range of several."""
+        self._check(start, length)
+        for segment in self._within(start, start + length):
+            if segment.start <= start and start + length <= segment.end:
+                return digest_of(segment.source, segment.source_start + start - segment.start, length)
+        return None
 
     def close(self) -> None:
         """Close the sources of all segments."""
@@ -411,12 +425,103 @@ class UsedOnly(_Layer):
         self._check(start, length)
         return gaps_filled(self._tiles(start, length), start, length, Kind.ZERO)
 
+    def digest(self, start: int, length: int) -> bytes | None:
+        """What the source says of a range that is used throughout; None for any other."""
+        self._check(start, length)
+        if list(self._runs(start, length)) != [Extent(start, length, Kind.DATA)]:
+            return None
+        return digest_of(self._source, start, length)
+
     def _tiles(self, start: int, length: int) -> Iterator[Extent]:
         for run in self._runs(start, length):
             yield from self._source.extents(run.start, run.length)
 
     def _runs(self, start: int, length: int) -> Iterator[Extent]:
         return merged(e for e in clipped(self._used(start, length), start, length) if e.kind is Kind.DATA)
+
+
+class Overlaid(_Layer):
+    """``source`` below a ``top`` disk of the same size, of which only the ``written`` extents count (DATA and ZERO, ascending). Closing it
+    closes both.
+    """
+
+    def __init__(self, source: BlockSource, top: BlockSource, written: Sequence[Extent]) -> None:
+        super().__init__(source)
+        if top.size != source.size:
+            raise ValueError(f"an overlay of {top.size} bytes does not fit a disk of {source.size}")
+        self._top = top
+        self._written = _listed(written)
+
+    def readinto(self, buffer: memoryview, offset: int) -> None:
+        """Read what was written from the top, the rest from below."""
+        self._check(offset, len(buffer))
+        for extent, below in self._parts(offset, len(buffer)):
+            part = buffer[extent.start - offset : extent.end - offset]
+            (self._source if below else self._top).readinto(part, extent.start)
+
+    def extents(self, start: int, length: int) -> Iterator[Extent]:
+        """The written extents, and those of the source where nothing was written."""
+        self._check(start, length)
+        return merged(self._tiles(start, length))
+
+    def digest(self, start: int, length: int) -> bytes | None:
+        """What the source says where nothing was written over it."""
+        self._check(start, length)
+        untouched = all(below for _, below in self._parts(start, length))
+        return digest_of(self._source, start, length) if untouched else None
+
+    def close(self) -> None:
+        """Close both disks."""
+        if not self._closed:
+            self._top.close()
+        super().close()
+
+    def _tiles(self, start: int, length: int) -> Iterator[Extent]:
+        for extent, below in self._parts(start, length):
+            if below:
+                yield from self._source.extents(extent.start, extent.length)
+            else:
+                yield extent
+
+    def _parts(self, start: int, length: int) -> Iterator[tuple[Extent, bool]]:
+        for extent in gaps_filled(self._written(start, length), start, length, Kind.HOLE):
+            yield extent, extent.kind is Kind.HOLE
+
+
+class Seeded(_Layer):
+    """Takes from ``seed`` what the source's own digest shows to be the same there, so that it need not be sent again.
+
+    ``seed`` is an earlier, perhaps partial copy of at least the same size; it stays the caller's. Without digests everything is read.
+    ``bytes_kept`` is what the seed had right.
+    """
+
+    def __init__(self, source: BlockSource, seed: BlockSource) -> None:
+        super().__init__(source)
+        self._seed = seed
+        self._lock = threading.Lock()
+        self.bytes_kept = 0
+
+    def readinto(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` run by run, from the seed where its bytes have the source's digest."""
+        for extent in self.extents(offset, len(buffer)):
+            part = buffer[extent.start - offset : extent.end - offset]
+            if extent.kind is not Kind.DATA:
+                part[:] = bytes(extent.length)
+            elif not self._from_seed(part, extent.start):
+                self._source.readinto(part, extent.start)
+
+    def _from_seed(self, part: memoryview, start: int) -> bool:
+        if all(extent.kind is not Kind.DATA for extent in self._seed.extents(start, len(part))):
+            return False  # never came: not worth a question
+        theirs = digest_of(self._source, start, len(part))
+        if theirs is None:
+            return False
+        self._seed.readinto(part, start)
+        if blake2b(part, digest_size=32).digest() != theirs:
+            return False
+        with self._lock:
+            self.bytes_kept += len(part)
+        return True
 
 
 def _listed(extents: Sequence[Extent]) -> Callable[[int, int], Iterator[Extent]]:

@@ -32,6 +32,7 @@ from types import TracebackType
 from typing import IO, Self
 from urllib.parse import quote
 
+from formats.block import Extent, Kind, merged
 from formats.errors import ImageToolError, InterruptedRunError, NoSpaceError
 from formats.progress import Progress, Silence
 
@@ -150,6 +151,20 @@ def check(
     clean = result.code == 0 and corruptions == leaks == errors == 0
     text = "no errors were found" if clean else f"{corruptions} corruptions, {leaks} leaked clusters, {errors} errors"
     return CheckReport(clean=clean, text=text, corruptions=corruptions + errors, leaks=leaks)
+
+
+def written(overlay: Path) -> list[Extent]:
+    """What a qcow2 overlay holds itself, as ascending DATA and ZERO extents; the disk below it is not looked at."""
+    result = _checked(["qemu-img", "map", "--output=json", node(overlay, "qcow2")], overlay, timeout=600)
+    found = []
+    try:
+        for entry in json.loads(result.output):
+            if entry["present"] or entry["data"]:
+                kind = Kind.ZERO if entry["zero"] and not entry["data"] else Kind.DATA
+                found.append(Extent(int(entry["start"]), int(entry["length"]), kind))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ImageToolError("qemu-img map printed what cannot be understood", subject=str(overlay)) from error
+    return list(merged(found))
 
 
 def compare(

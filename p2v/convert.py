@@ -12,14 +12,14 @@ from pathlib import Path
 from formats.block import BlockSource, data_bytes
 from formats.capture import Capture, Consistency, weakest
 from formats.definitions import Hardware, profile_of
-from formats.errors import Notice, ToolkitError, UsageError
+from formats.errors import InterruptedRunError, Notice, ToolkitError, UsageError
 from formats.images import create_sink, open_source
 from formats.machine import Machine
 from formats.transfer import copy
 from p2v.adapt import AdaptPlan, GuestKernel, adapt, fetch_kernel, plan_adaptation
 from p2v.console import Console, Stage, human_size, human_time, record
 from p2v.emit import Artifact, Emission, refuse_existing, require_space
-from p2v.errors import AdaptationError, DoesNotBootError
+from p2v.errors import AdaptationError, DoesNotBootError, LinkLostError
 from p2v.origin import OpenOrigin
 from p2v.plan import Plan, plan
 from p2v.preflight import Severity, examine
@@ -27,6 +27,7 @@ from p2v.prove import boot_view, demand
 from p2v.target.verdict import Verdict
 from p2v.view import View
 
+_RESUME = "Run the same command again: it goes on with what was copied."
 BOOT_CHECKS = ("boots", "none")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -85,7 +86,18 @@ class Conversion:
             self._show(made, machine)
             return None
         with Emission(made) as emission:
-            return self._take(emission)
+            if emission.resumed:
+                console.log("going on with what an interrupted run has copied")
+            try:
+                return self._take(emission)
+            except KeyboardInterrupt:
+                raise InterruptedRunError(
+                    "the run was interrupted; nothing is held on the source", advice=_RESUME
+                ) from None
+            except LinkLostError as error:
+                raise LinkLostError(
+                    error.message, advice=f"{error.advice} {_RESUME}".strip(), subject=error.subject
+                ) from error
 
     def _plan(self, machine: Machine, hardware: Hardware) -> Plan:
         return plan(
@@ -280,19 +292,22 @@ class Conversion:
             require_space(made.folder, sum(used.values()))
         done: dict[str, object] = {}
         for disk in made.disks:
-            with console.stage(f"copy {disk.file}") as stage, view.source(disk.disk_id) as source:
+            with console.stage(f"copy {disk.file}") as stage:
                 started = console.clock()
-                result = emission.copy(
+                copied = emission.copy(
                     disk,
-                    source,
+                    view.source(disk.disk_id),
                     progress=console.progress(f"copy {disk.file}"),
                     total=used[disk.disk_id],
                 )
+                result, sent = copied.done, copied.done.read - copied.kept
                 rate = result.read / max(console.clock() - started, 1e-6)
-                stage.detail = (
-                    f"{human_size(result.read)} read, {human_size(result.written)} written, {human_size(rate)}/s"
-                )
-            done[disk.disk_id] = {"read": result.read, "written": result.written, "size": result.size}
+                stage.detail = f"{human_size(sent)} read, {human_size(result.written)} written, {human_size(rate)}/s"
+                if copied.kept:
+                    stage.detail += f"; {human_size(copied.kept)} of an interrupted copy were still valid"
+            done[disk.disk_id] = {
+                "size": result.size, "read": sent, "kept": copied.kept, "written": result.written,
+            }  # fmt: skip
         console.data["copied"] = done
 
     def _used(self, sources: Mapping[str, BlockSource], made: Plan) -> dict[str, int]:

@@ -19,12 +19,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+import msgspec
+
 from formats import qemu_img
-from formats.block import BlockSource
+from formats.block import BlockSource, Kind
 from formats.definitions import Definition, render
-from formats.errors import NoSpaceError, UsageError, WriteError
+from formats.errors import ImageError, NoSpaceError, UsageError, WriteError
 from formats.images import create_sink, image_format, open_source
+from formats.layers import Seeded
 from formats.machine import Machine
+from formats.nbd import NbdDisk, connect
 from formats.progress import Progress
 from formats.records import RECORD, FolderRecord, StoredDisk, encode
 from formats.transfer import Fingerprint, Transferred, copy, fingerprint
@@ -60,16 +64,27 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
-class Emission:
-    """The writing of one plan; a context manager that removes its work folder, whatever happens.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copied:
+    """What a copy did, in bytes: ``kept`` of what was read came from an earlier, interrupted copy, shown to be still valid."""
 
-    The folder is made, and held by a lock: a second run into it is refused with ``UsageError``.
+    done: Transferred
+    kept: int = 0
+
+
+class Emission:
+    """The writing of one plan; a context manager. The folder is made, and held by a lock: a second run into it is a ``UsageError``.
+
+    Its work folder is gone afterwards, unless a copy was interrupted or cut: then the disks stay there, and the next run with the same plan
+    goes on with them (``resumed``). What a killed run left counts as interrupted; nothing of it is believed without a comparison.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.work = plan.folder / f".{plan.name}.part"
         self.scratch = self.work / "scratch"  # for what is never published: overlays, copies aside
+        self.resumed = False
+        self._copying = False
         self._fingerprints: dict[str, Fingerprint] = {}
         self._lock = -1
 
@@ -91,15 +106,28 @@ class Emission:
             ) from None
         try:
             refuse_existing(self.plan)
-            shutil.rmtree(self.work, ignore_errors=True)  # what a killed run left
-            self.scratch.mkdir(parents=True)
+            self._prepare_work()
         except BaseException:
             self._unlock()
             raise
         return self
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        shutil.rmtree(self.work, ignore_errors=True)
+    def _prepare_work(self) -> None:
+        """Keep the disks that an interrupted run of the same plan left, and nothing else."""
+        wanted = msgspec.json.encode([self.plan.platform.name, self.plan.disks])
+        with contextlib.suppress(OSError):
+            self.resumed = (self.work / _PLAN).read_bytes() == wanted
+        shutil.rmtree(self.scratch if self.resumed else self.work, ignore_errors=True)
+        self.scratch.mkdir(parents=True)
+        (self.work / _PLAN).write_bytes(wanted)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        # A full disk wants its room back, and a copy that reads back wrong is none to build on.
+        useful = self._copying and not isinstance(error, (NoSpaceError, WriteError))
+        if kind is None or not useful:
+            shutil.rmtree(self.work, ignore_errors=True)
+        else:
+            shutil.rmtree(self.scratch, ignore_errors=True)
         self._unlock()
 
     def pending(self, disk: DiskPlan) -> Path:
@@ -108,17 +136,34 @@ class Emission:
 
     def copy(
         self, disk: DiskPlan, source: BlockSource, *, progress: Progress | None = None, total: int | None = None
-    ) -> Transferred:
+    ) -> Copied:
         """Write one disk, used blocks only, flushed to stable storage. Raises what source and sink raise."""
         path = self.pending(disk)
+        if self.resumed and path.exists():
+            if image_format(disk.format).subformat(disk.subformat).sequential or not _sound(path, disk.format):
+                path.unlink()
+            else:
+                return self._go_on(disk, source, progress, total)
         sink = create_sink(path, disk.format, source.size, subformat=disk.subformat)
+        self._copying = True
         try:
             done = copy(source, sink, progress=progress, total=total)
             sink.flush()
         finally:
             sink.close()
         self._fingerprints[disk.disk_id] = done.fingerprint
-        return done
+        return Copied(done=done)
+
+    def _go_on(self, disk: DiskPlan, source: BlockSource, progress: Progress | None, total: int | None) -> Copied:
+        """Fill up an earlier copy: what the source's digests show to be there is not sent again."""
+        self._copying = True
+        server = qemu_img.Server(self.pending(disk), image_format(disk.format).driver, writable=True)
+        with server, contextlib.closing(connect(server.uri)) as image:
+            seeded = Seeded(source, image)
+            done = copy(seeded, _Refilled(image), progress=progress, total=total, blank=False)
+            image.flush()
+        self._fingerprints[disk.disk_id] = done.fingerprint
+        return Copied(done=done, kept=seeded.bytes_kept)
 
     def verify(self, disk: DiskPlan, *, progress: Progress | None = None) -> str:
         """Second opinions on a copied disk: the image checker's, and the image read back against what was read from the source.
@@ -146,6 +191,7 @@ class Emission:
         """Give disks and record their final names, then the definition; each is on stable storage before the next."""
         plan = self.plan
         definition = self.definition(machine)
+        (self.work / _PLAN).unlink()
         for file in sorted(path for path in self.work.iterdir() if path.is_file()):
             file.rename(plan.folder / file.name)
         os.fsync(self._lock)
@@ -188,4 +234,40 @@ class Emission:
             self._lock = -1
 
 
+_PLAN = "plan.json"
 _AGAIN = "Run the conversion again; if it repeats, look at the destination's memory and storage (dmesg)."
+
+
+def _sound(path: Path, disk_format: str) -> bool:
+    """Whether what an interrupted run left can be written on; leaked clusters are given back."""
+    try:
+        return qemu_img.check(path, image_format(disk_format).driver, repair="leaks").corruptions == 0
+    except ImageError:
+        return False
+
+
+class _Refilled:
+    """A sink over an image that holds an earlier copy: what reads as zeroes there already is not zeroed again, which would take room."""
+
+    random_access = True
+
+    def __init__(self, image: NbdDisk) -> None:
+        self._image = image
+        self.size = image.size
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write over what is there."""
+        self._image.write(data, offset)
+
+    def zero(self, start: int, length: int) -> None:
+        """Zero what holds data."""
+        for extent in self._image.extents(start, length):
+            if extent.kind is Kind.DATA:
+                self._image.zero(extent.start, extent.length)
+
+    def flush(self) -> None:
+        """Bring it to stable storage."""
+        self._image.flush()
+
+    def close(self) -> None:
+        """The image is closed by its owner."""

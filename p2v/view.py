@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from formats import qemu_img
 from formats.block import BlockSource
-from formats.errors import ReadError
-from formats.layers import Cached, Counted
+from formats.images import open_source
+from formats.layers import Cached, Counted, Overlaid
 from formats.machine import Disk, Machine
-from formats.nbd import NbdServer, connect
+from formats.nbd import NbdServer
 from p2v.emulator import Drive
 from p2v.plan import disks_of
 
@@ -31,7 +31,8 @@ class View:
         self._sources = sources
         self._counted = {disk.id: Counted(sources[disk.id]) for disk in self._disks}
         self._stack = contextlib.ExitStack()
-        self._overlays: dict[str, str] = {}  # disk id -> URI of its overlay's server
+        self._overlays: dict[str, list[Path]] = {}  # by disk id, the lowest first
+        self._served: dict[str, str] = {}  # disk id -> URI of the server of its highest overlay
         self._names = {disk.id: str(number) for number, disk in enumerate(self._disks)}
         exports = {self._names[disk_id]: Cached(source, limit=_CACHE) for disk_id, source in self._counted.items()}
         self._server = self._stack.enter_context(NbdServer(exports))
@@ -56,28 +57,23 @@ class View:
         )
 
     def _uri(self, disk_id: str) -> str:
-        return self._overlays.get(disk_id) or self._server.uri(self._names[disk_id])
+        return self._served.get(disk_id) or self._server.uri(self._names[disk_id])
 
     def lay(self, overlays: Mapping[str, Path]) -> None:
-        """From now on the disks are seen through these qcow2 overlays, read-only. Each disk takes one, once."""
+        """From now on the disks are seen through these qcow2 overlays too, which nobody writes any more. Later ones lie on top."""
         for disk_id, path in overlays.items():
-            if disk_id in self._overlays:
-                raise ValueError(f"{disk_id} has an overlay already")
             server = qemu_img.Server(path, "qcow2", backing=self._uri(disk_id))
-            self._overlays[disk_id] = self._stack.enter_context(server).uri
+            self._served[disk_id] = self._stack.enter_context(server).uri
+            self._overlays.setdefault(disk_id, []).append(path)
 
-    @contextlib.contextmanager
-    def source(self, disk_id: str) -> Iterator[BlockSource]:
-        """The disk to copy: the source itself, or what is seen through its overlay."""
-        if disk_id not in self._overlays:
-            yield self._sources[disk_id]
-            return
-        with contextlib.closing(connect(self._overlays[disk_id])) as disk:
-            try:
-                yield disk
-            except ReadError:
-                self.check()  # the true cause is behind two servers
-                raise
+    def source(self, disk_id: str) -> BlockSource:
+        """The disk to copy: its source, below what the overlays hold. It is the view's: it lives as long as this does."""
+        disk = self._sources[disk_id]
+        for path in self._overlays.get(disk_id, ()):
+            top = open_source(path, format="qcow2")
+            self._stack.callback(top.close)
+            disk = Overlaid(disk, top, qemu_img.written(path))
+        return disk
 
     def check(self) -> None:
         """Raise what a source failed with, behind the I/O error that its reader saw."""

@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Tests assert no times: a busy computer is no defect.
+settings.register_profile("any-computer", deadline=None)
+settings.load_profile("any-computer")
 
 pytest_plugins = ["tests.machines.fixture"]
 

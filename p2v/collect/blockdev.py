@@ -110,6 +110,12 @@ class RemoteDisk:
             raise HostError(f"the digests of {self._label} make no sense", subject=self._label)
         return [request.payload[place : place + 32] for place in range(0, len(request.payload), 32)]
 
+    def digest(self, start: int, length: int) -> bytes | None:
+        """BLAKE2b of a range of at most 1 MiB, made on the host; None where its Python is too old for it, or the range is longer."""
+        if self.hash_name != "blake2b" or not 0 < length <= wire.MAX_READ:
+            return None
+        return self.digests(start, length, length)[0]
+
     @property
     def hash_name(self) -> str:
         """What ``digests`` uses: ``blake2b`` with 32 bytes, or ``sha256`` on a Python before 3.6."""

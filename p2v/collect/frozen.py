@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from formats.block import BlockSource, Extent, Kind, check_range
+from formats.block import BlockSource, Extent, Kind, check_range, digest_of
 from formats.capture import CapturedDisk, Unknown
 from formats.errors import Notice, ReadError
 from formats.images.raw import RawFile, RawSink
@@ -63,6 +63,15 @@ class Watched:
     def extents(self, start: int, length: int) -> Iterator[Extent]:
         """As the device says: DATA."""
         return self._source.extents(start, length)
+
+    def digest(self, start: int, length: int) -> bytes | None:
+        """As the device says, unless the snapshot is lost."""
+        if self._guard.failure:
+            raise self._guard.error()
+        found = digest_of(self._source, start, length)
+        if self._guard.failure:
+            raise self._guard.error()
+        return found
 
     def close(self) -> None:
         """Close the device, without which the snapshot cannot be removed."""

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from hashlib import blake2b
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from formats.block import BlockSource, Extent, Kind, merged
+from formats.block import BlockSource, Extent, Kind, digest_of, merged
 from formats.errors import NbdError, ReadError
-from formats.layers import Cached, Counted, Fault, Faulty, Mapped, Retried, Segment, Throttled, UsedOnly
+from formats.layers import (
+    Cached,
+    Counted,
+    Fault,
+    Faulty,
+    Mapped,
+    Overlaid,
+    Retried,
+    Seeded,
+    Segment,
+    Throttled,
+    UsedOnly,
+)
 from formats.memory import MemoryDisk
 from tests.contracts.block_sink import noise
 from tests.contracts.block_source import MIB, TIB, BlockSourceContract, Tape, read
@@ -48,6 +61,8 @@ _WRAPPERS: dict[str, Callable[[BlockSource], BlockSource]] = {
     "faulty": lambda source: Faulty(source, []),
     "used": lambda source: UsedOnly(source, [Extent(0, source.size, Kind.DATA)]),
     "mapped": lambda source: Mapped(source.size, [Segment(0, source.size, source)]),
+    "overlaid": lambda source: Overlaid(source, MemoryDisk(source.size), []),
+    "seeded": lambda source: Seeded(source, MemoryDisk(source.size)),
 }
 
 
@@ -284,4 +299,72 @@ def test_used_only_shows_what_is_used_for_any_map(marks: list[int], cut: tuple[i
     told = list(layer.extents(low, high - low))
     assert sum(extent.length for extent in told) == high - low
     for extent in told:
+        assert extent.kind is Kind.DATA or not any(expected[extent.start : extent.end])
+
+
+class Remote(MemoryDisk):
+    """A disk that can tell digests, and counts what is asked of it."""
+
+    def __init__(self, size: int, content: bytes = b"") -> None:
+        super().__init__(size, content)
+        self.sent = self.digests = 0
+
+    def readinto(self, buffer: memoryview, offset: int) -> None:
+        self.sent += len(buffer)
+        super().readinto(buffer, offset)
+
+    def digest(self, start: int, length: int) -> bytes | None:
+        self.digests += 1
+        buffer = memoryview(bytearray(length))
+        super().readinto(buffer, start)
+        return blake2b(buffer, digest_size=32).digest()
+
+
+def test_a_digest_passes_through_layers_where_it_says_what_a_read_would() -> None:
+    remote = Remote(8 * MIB, noise(8 * MIB, 3))
+    disk = Mapped(16 * MIB, [Segment(4 * MIB, 8 * MIB, UsedOnly(remote, [Extent(0, 2 * MIB, Kind.DATA)]))])
+    overlaid = Overlaid(Counted(disk), MemoryDisk(16 * MIB), [Extent(4 * MIB, 4096, Kind.ZERO)])
+    for start, length in [(5 * MIB, MIB), (4 * MIB + 4096, 4096), (5 * MIB, 1)]:
+        assert digest_of(overlaid, start, length) == blake2b(read(overlaid, start, length), digest_size=32).digest()
+    for start, length in [(4 * MIB, 8192), (3 * MIB, MIB), (3 * MIB, 2 * MIB), (6 * MIB - 1, 2), (12 * MIB, 1)]:
+        assert digest_of(overlaid, start, length) is None
+    assert digest_of(MemoryDisk(10), 0, 10) is None
+
+
+def test_a_seed_saves_what_is_the_same_and_nothing_else() -> None:
+    remote = Remote(8 * MIB, noise(8 * MIB, 4))
+    seed = MemoryDisk(8 * MIB, read(remote, 0, 5 * MIB))  # the rest never came
+    seed.write(memoryview(b"changed since"), 2 * MIB + 77)
+    remote.sent = 0
+    seeded = Seeded(remote, seed)
+    for start in range(0, 8 * MIB, MIB):
+        assert read(seeded, start, MIB) == noise(8 * MIB, 4)[start : start + MIB]
+    assert seeded.bytes_kept == 4 * MIB
+    assert remote.sent == 4 * MIB
+    assert remote.digests == 5  # what never came is not asked for
+
+
+def test_a_seed_without_digests_saves_nothing() -> None:
+    source = MemoryDisk(MIB, noise(MIB, 5))
+    seeded = Seeded(source, MemoryDisk(MIB, noise(MIB, 5)))
+    assert read(seeded, 0, MIB) == noise(MIB, 5)
+    assert seeded.bytes_kept == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 63), st.integers(1, 8), st.booleans()), max_size=12))
+def test_an_overlay_shows_what_was_written_last(writes: list[tuple[int, int, bool]]) -> None:
+    size, unit = 72 * 4096, 4096
+    base, top = MemoryDisk(size, noise(size, 6)), MemoryDisk(size)
+    expected = bytearray(noise(size, 6))
+    covered: dict[int, bool] = {}
+    for place, count, zero in writes:
+        for block in range(place, place + count):
+            content = bytes(unit) if zero else noise(unit, block + 100)
+            top.write(memoryview(content), block * unit)
+            expected[block * unit : (block + 1) * unit] = content
+            covered[block] = zero
+    written = list(merged(Extent(b * unit, unit, Kind.ZERO if covered[b] else Kind.DATA) for b in sorted(covered)))
+    disk = Overlaid(base, top, written)
+    assert read(disk, 0, size) == bytes(expected)
+    for extent in disk.extents(0, size):
         assert extent.kind is Kind.DATA or not any(expected[extent.start : extent.end])

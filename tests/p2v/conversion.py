@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,13 +53,19 @@ def address(machine: PhysicalMachine, user: str = "root") -> list[str]:
     ]
 
 
-def interrupted(words: list[str], stage: str, number: signal.Signals, log: Path, *, timeout: float = 600) -> int:
-    """Run p2v until its log announces ``stage``, send the signal, and return the exit code (negative: died of the signal)."""
+def interrupted(
+    words: list[str], stage: str, number: signal.Signals, log: Path, *, until: str = "", timeout: float = 600
+) -> int:
+    """Run p2v until its log announces ``stage`` (and then shows the pattern ``until``), send the signal, and return the exit code.
+
+    Negative: it died of the signal.
+    """
     with log.open("wb") as stream:
         process = subprocess.Popen([P2V, *words], stdout=stream, stderr=stream)
         try:
             deadline = time.monotonic() + timeout
-            while f"{stage} ..." not in log.read_text(errors="replace"):
+            pattern = re.compile(re.escape(f"{stage} ...") + (f".*({until})" if until else ""), re.DOTALL)
+            while not pattern.search(log.read_text(errors="replace")):
                 assert process.poll() is None, f"ended before {stage}: {log.read_text(errors='replace')}"
                 assert time.monotonic() < deadline, f"never came to {stage}: {log.read_text(errors='replace')}"
                 time.sleep(0.05)

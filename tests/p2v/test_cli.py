@@ -78,7 +78,16 @@ def test_help_names_every_command() -> None:
 
 def test_help_of_convert_explains_its_options() -> None:
     shown = subprocess.run([P2V, "convert", "--help"], capture_output=True, text=True, check=True).stdout
-    for option in ("--to", "--output", "--disk-format", "--boot-check", "--dry-run", "--identity", "--known-hosts", "--json"):
+    for option in (
+        "--to",
+        "--output",
+        "--disk-format",
+        "--boot-check",
+        "--dry-run",
+        "--identity",
+        "--known-hosts",
+        "--json",
+    ):
         assert option in shown
 
 

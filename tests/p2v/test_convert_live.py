@@ -103,10 +103,26 @@ def test_stopped_in_every_stage(
     assert left_on(physical_bios_lvm, within=bound) == ""
 
 
-def test_interrupted_in_the_copy(physical_bios_lvm: PhysicalMachine, tmp_path: Path) -> None:
-    words = ["convert", *address(physical_bios_lvm), "--to", "qemu", "-o", str(tmp_path / "vm"), "--boot-check", "none"]
-    assert interrupted(words, "copy metal1-disk0.qcow2", signal.SIGINT, tmp_path / "log") == 130
-    assert list((tmp_path / "vm").iterdir()) == []
+def test_interrupted_in_the_copy_and_resumed(physical_bios_lvm: PhysicalMachine, tmp_path: Path) -> None:
+    folder = tmp_path / "vm"
+    words = ["convert", *address(physical_bios_lvm), "--to", "qemu", "-o", str(folder), "--boot-check", "none"]
+    log = tmp_path / "log"
+    assert (
+        interrupted(words, "copy metal1-disk0.qcow2", signal.SIGINT, log, until="(10 %)|(1[0-9] %)|([2-9][0-9] %)")
+        == 130
+    )
+    assert [path.name for path in folder.iterdir()] == [
+        ".metal1.part"
+    ]  # hidden, to go on with; nothing under a final name
+    assert left_on(physical_bios_lvm) == ""
+
+    run = p2v(*words)
+    assert run.code == 3, run.log  # not seen to boot
+    disk = next(iter(run.envelope["data"]["copied"].values()))
+    assert disk["kept"] > 30 << 20
+    assert disk["read"] < disk["kept"] + disk["read"]
+    assert final_names(folder) == ["machine.json", "metal1-disk0.qcow2", "metal1.sh"]
+    assert qemu_img.check(folder / "metal1-disk0.qcow2", "qcow2").clean
     assert left_on(physical_bios_lvm) == ""
 
 

@@ -83,14 +83,15 @@ def host(physical: PhysicalMachine, notices: list[Notice]) -> Iterator[SshOrigin
 def test_inspect_writes_nothing(physical: PhysicalMachine) -> None:
     # What a login itself writes (logs, utmp, sudo's memory, sessions of systemd) is not ours.
     look = (
-        "find / -xdev -newer /dev/shm/mark -not -path '/proc/*' -not -path '/var/log/*' -not -path '/dev/shm*'; "
+        "find / -xdev -newer /dev/shm/mark -not -path '/proc' -not -path '/run' -not -path '/dev' "
+        "-not -path '/var/log/*' -not -path '/dev/shm*'; "
         "find /boot /run /tmp /dev -newer /dev/shm/mark -not -type d -not -path '/run/utmp' -not -path '/run/systemd/*' "
         "-not -path '/run/log/*' "
         "-not -path '/run/user/*' -not -path '/run/sudo/*' -not -path '/run/udev/*' "
         "-not -path '/dev/pts/*' -not -path '/dev/shm/*' "
         "-not -path '/dev/ptmx' -not -path '/dev/null' -not -path '/dev/tty*' -not -path '/run/motd*'; "
         "dmesg | wc -l; md5sum /etc/lvm/backup/* /run/lvm/hints; "
-        "vgs --noheadings -o seqno --readonly"
+        "vgs --noheadings -o seqno --readonly --config 'devices{hints=\"none\"}'"
     )
     before = physical.run(f"touch /dev/shm/mark; sleep 1; {look}", check=False).stdout
     with SshOrigin(target(physical)) as origin:
