@@ -61,7 +61,7 @@ fingerprint() {
     size "$1"
 }
 room() { bb df -Pk "$R$1" | bb awk 'END { print $4 " KiB free on " $6 }'; }
-free_bytes() { bb df -Pk "$R$1" | bb awk 'END { printf "%d\n", $4 * 1024 }'; }
+free_bytes() { bb df -Pk "$R$1" | bb awk 'END { printf "%.0f\n", $4 * 1024 }'; }
 
 # Writes standard input to the file $1; says by its exit code whether that changed anything. The file itself stays (owner, mode, label).
 put() {
@@ -102,10 +102,9 @@ grubenv() {
 item_names() {
     changed=
     rename /etc/fstab field1 && changed="$changed /etc/fstab"
-    if rename /etc/crypttab field2; then
-        changed="$changed /etc/crypttab"
-        rebuild_why="the encrypted volumes have other names now"
-    fi
+    lasting_crypt >"$WORK/crypt"
+    rename /etc/crypttab field2 && changed="$changed /etc/crypttab"
+    lasting_crypt | bb cmp -s - "$WORK/crypt" || rebuild_why="an encrypted volume has another name now"
     loader_files >"$WORK/loaders"
     while read -r f; do
         case $f in
@@ -122,6 +121,8 @@ item_names() {
         result names nothing "no name depends on the order of the disks"
     fi
 }
+# What an initramfs may hold of crypttab: not the volumes that get a new key at each start.
+lasting_crypt() { bb grep -v '/dev/u\{0,1\}random' "$R/etc/crypttab" 2>/dev/null; }
 grubenv_rename() {
     bb awk -v mode=words -v table="$IN/names" -f "$H/rename.awk" "$R$1" >"$WORK/edited"
     bb awk '{ print }' "$R$1" | bb cmp -s - "$WORK/edited" && return 1
@@ -386,6 +387,7 @@ append_all() {
 
 # The system's own tool makes the image $2 of kernel $1 anew.
 rebuild() {
+    [ -n "$booted" ] || die "no tool is run on a mere tree"
     was=$(size "$R$2")
     need=$((was * 5 / 4))
     [ "$3" = generic ] || need=$((was * 5 / 2))
