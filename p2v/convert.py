@@ -16,7 +16,7 @@ from formats.errors import InterruptedRunError, Notice, ToolkitError, UsageError
 from formats.images import create_sink, open_source
 from formats.machine import Machine
 from formats.transfer import copy
-from p2v.adapt import AdaptPlan, GuestKernel, adapt, fetch_kernel, plan_adaptation
+from p2v.adapt import AdaptPlan, GuestKernel, adapt, fetch_kernel, plan_adaptation, repair_of
 from p2v.console import Console, Stage, human_size, human_time, record
 from p2v.emit import Artifact, Emission, refuse_existing, require_space
 from p2v.errors import AdaptationError, DoesNotBootError, LinkLostError
@@ -24,7 +24,7 @@ from p2v.origin import OpenOrigin
 from p2v.plan import Plan, plan
 from p2v.preflight import Severity, examine
 from p2v.prove import boot_view, demand
-from p2v.target.verdict import Verdict
+from p2v.target.verdict import Result, Verdict
 from p2v.view import View
 
 _RESUME = "Run the same command again: it goes on with what was copied."
@@ -224,27 +224,33 @@ class Conversion:
         self, view: View, machine: Machine, kernel: GuestKernel | None, emission: Emission, *, rehearsal: bool = False
     ) -> Verdict | None:
         """Adapt the machine on overlays that the view then sees through, and boot it; None when no boot is asked for."""
+        wanted = self._adaptation(machine)
         if kernel is not None:
-            self._adapt(view, machine, kernel, emission, rehearsal=rehearsal)
+            self._adapt(view, machine, wanted, kernel, emission)
         if self._request.boot_check != "boots":
             return None
         verdict = self._boot(view, machine, emission.plan, rehearsal=rehearsal)
+        if kernel is not None and verdict.result is Result.FAIL:
+            codes = [finding.code for finding in verdict.findings]
+            if repair := repair_of(codes, wanted.names):
+                self._console.log(f"repair: {', '.join(sorted(repair.items))} after {verdict.reason}")
+                again = plan_adaptation(machine, emission.plan.hardware, repair.items, rebuild=repair.rebuild)
+                self._adapt(view, machine, again, kernel, emission)
+                verdict = self._boot(view, machine, emission.plan, rehearsal=rehearsal)
         demand(verdict, outcome="nothing was copied", unproven_stops=not rehearsal)
         return verdict
 
-    def _adapt(self, view: View, machine: Machine, kernel: GuestKernel, emission: Emission, *, rehearsal: bool) -> None:
+    def _adapt(self, view: View, machine: Machine, wanted: AdaptPlan, kernel: GuestKernel, emission: Emission) -> None:
         console, made = self._console, emission.plan
-        overlays = {
-            disk.disk_id: emission.scratch / f"{'rehearsed' if rehearsal else 'adapted'}{number}.overlay"
-            for number, disk in enumerate(made.disks)
-        }
+        tried = console.data.setdefault("adaptation", [])
+        overlays = view.new_overlays(emission.scratch, f"adapted{len(tried)}")
         with console.stage("adapt") as stage:
             done = adapt(
-                self._adaptation(machine),
+                wanted,
                 machine,
                 kernel,
                 view.drives(overlays),
-                self._evidence(made, "adapt"),
+                self._evidence(made, f"adapt{len(tried) or ''}"),
                 listen=lambda text: console.log(f"  {text:.110}"),
             )
             view.check()
@@ -252,11 +258,14 @@ class Conversion:
             stage.detail = f"{len(done.changes)} files changed in {human_time(done.seconds)}, see {done.audit}"
         for item in done.items:
             console.log(f"  adapted {item.name}: {item.status}: {item.detail}")
-        console.data["adaptation"] = {
-            "items": [record(item) for item in done.items],
-            "changes": [{"path": change.path, "kind": change.kind} for change in done.changes],
-            "audit": str(done.audit),
-        }
+        tried.append(
+            {
+                "items": [record(item) for item in done.items],
+                "changes": [{"path": change.path, "kind": change.kind} for change in done.changes],
+                "audit": str(done.audit),
+                "seconds": done.seconds,
+            }
+        )
 
     def _boot(self, view: View, machine: Machine, made: Plan, *, rehearsal: bool) -> Verdict:
         size = sum(disk.size for disk in made.disks)

@@ -14,7 +14,7 @@ from formats.images import open_source
 from formats.layers import Cached, Counted, Overlaid
 from formats.machine import Disk, Machine
 from formats.nbd import NbdServer
-from p2v.emulator import Drive
+from p2v.emulator import Drive, create_overlay
 from p2v.plan import disks_of
 
 _CACHE = 64 << 20  # bytes kept of each disk: a booting guest reads many blocks more than once
@@ -58,6 +58,13 @@ class View:
 
     def _uri(self, disk_id: str) -> str:
         return self._served.get(disk_id) or self._server.uri(self._names[disk_id])
+
+    def new_overlays(self, folder: Path, name: str) -> dict[str, Path]:
+        """Empty qcow2 overlays for all disks, in ``folder``, by disk id."""
+        made = {disk.id: folder / f"{name}-{self._names[disk.id]}.overlay" for disk in self._disks}
+        for disk_id, path in made.items():
+            create_overlay(path, self._sources[disk_id].size)
+        return made
 
     def lay(self, overlays: Mapping[str, Path]) -> None:
         """From now on the disks are seen through these qcow2 overlays too, which nobody writes any more. Later ones lie on top."""

@@ -6,6 +6,7 @@
 from p2v.adapt.audit import Change, FileState, ItemResult, Kind, Status
 from p2v.adapt.kernel import GuestKernel, fetch_kernel
 from p2v.adapt.plan import ITEMS, AdaptItem, AdaptPlan, plan_adaptation
+from p2v.adapt.repair import Repair, repair_of
 from p2v.adapt.stage import Adaptation, adapt, find_busybox
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "GuestKernel",
     "ItemResult",
     "Kind",
+    "Repair",
     "Status",
     "adapt",
     "fetch_kernel",
     "find_busybox",
     "plan_adaptation",
+    "repair_of",
 ]
