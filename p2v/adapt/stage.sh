@@ -455,8 +455,8 @@ item_selinux() {
     kind=$(bb sed -n 's/^SELINUXTYPE=//p' "$R/etc/selinux/config" | bb tail -n 1)
     contexts=/etc/selinux/$kind/contexts/files/file_contexts
     if [ -n "$booted" ] && command -v setfiles >/dev/null && [ -f "$contexts" ]; then
-        find "$STATE" >"$WORK/label"
-        bb cut -f2- "$OUT/changes" >>"$WORK/label"
+        bb find "$STATE" >"$WORK/label"
+        bb cut -f2- "$OUT/changes" | while read -r f; do [ -e "$f" ] && printf '%s\n' "$f"; done >>"$WORK/label"
         if setfiles -F -f "$WORK/label" "$contexts" >/dev/null 2>"$WORK/stderr"; then
             result selinux "done" "labels written to what was changed"
             return
@@ -472,8 +472,12 @@ mount_system() {
 $(dmesg 2>/dev/null | bb grep -iE 'error|read-only|corrupt' | bb tail -n 3)"
     # Where a tool looks for the firmware it must not find that of this machine, which has BIOS.
     bb mount -t tmpfs tmpfs /sys/firmware 2>/dev/null
-    for f in vfat nls_cp437 nls_iso8859-1 nls_ascii nls_utf8; do modprobe -q "$f" 2>/dev/null; done
     wanted names && item_names
+    # In a chroot of the initramfs the kernel would look for modules there, and not here.
+    for f in $(bb awk '$1 !~ /^#/ { print $3 }' /etc/fstab | bb grep -xE 'ext[234]|xfs|btrfs|vfat|f2fs|jfs' | bb sort -u) \
+        nls_cp437 nls_iso8859-1 nls_ascii nls_utf8; do
+        modprobe -q "$f" 2>/dev/null
+    done
     bb awk '$1 !~ /^#/ && NF > 2 && $2 ~ /^\/(boot|efi|usr|var|opt|boot\/.*|var\/lib|var\/tmp|usr\/.*)$/ { print length($2), $2 }' /etc/fstab |
         bb sort -n | bb cut -d' ' -f2 >"$WORK/places"
     while read -r place; do
