@@ -242,8 +242,9 @@ def show_findings(console: Console, findings: Sequence[Finding]) -> None:
         console.say("nothing found that would keep the machine from booting there")
     for finding in findings:
         subject = f" {finding.subject}:" if finding.subject else ""
-        console.say(f"{finding.severity:8}{subject} {finding.message}")
-        if finding.fix:
+        seen_to = " (`p2v convert` of the live machine sees to it)" if finding.adapted else ""
+        console.say(f"{finding.severity:8}{subject} {finding.message}{seen_to}")
+        if finding.fix and not finding.adapted:
             console.say(f"         {finding.fix}")
 
 

@@ -114,7 +114,8 @@ class Conversion:
         self._console.data["findings"] = [record(finding) for finding in findings]
         for finding in findings:
             subject = f"{finding.subject}: " if finding.subject else ""
-            self._console.log(f"preflight {finding.severity}: {subject}{finding.message}")
+            seen_to = " (the adaptation sees to it)" if finding.adapted and self._request.adapt else ""
+            self._console.log(f"preflight {finding.severity}: {subject}{finding.message}{seen_to}")
         for finding in findings:
             if finding.severity is Severity.BLOCKER:
                 raise DoesNotBootError(finding.message, advice=finding.fix, subject=finding.subject)

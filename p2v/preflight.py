@@ -28,13 +28,17 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing found. ``code`` is stable kebab-case; ``subject`` the disk, kernel or interface it is about."""
+    """One thing found. ``code`` is stable kebab-case; ``subject`` the disk, kernel or interface it is about.
+
+    ``adapted``: the adaptation of a live machine sees to it.
+    """
 
     code: str
     severity: Severity
     message: str
     fix: str = ""
     subject: str = ""
+    adapted: bool = False
 
 
 # Modules of which each bus needs one, for the disk to be found: the kernel's own names, without .ko, with "_".
@@ -112,6 +116,7 @@ def _kernels(machine: Machine, hardware: Hardware, platform: str) -> Iterator[Fi
                 fix="Rebuild it on the source with all drivers (initramfs-tools: MODULES=most and update-initramfs -u -k all; "
                 "dracut: dracut --no-hostonly --regenerate-all --force), or choose a platform with the source's kind of bus.",
                 subject=kernel.version,
+                adapted=True,
             )
 
 
@@ -131,6 +136,7 @@ def _network(machine: Machine, _hardware: Hardware, _platform: str) -> Iterator[
                 fix=f"Before converting, bind the name to the address {nic.mac}: a systemd .link file with "
                 f"[Match] PermanentMACAddress={nic.mac} and [Link] Name={nic.name}. The definition keeps the MAC address.",
                 subject=nic.name,
+                adapted=True,
             )
 
 
