@@ -2,7 +2,8 @@
 
 An origin's test module inherits ``OriginContract`` and gives the fixtures ``origin`` and, where the origin can be opened a second time (as
 a later process would), ``later``. ``disturb`` changes the source while a capture is open; ``left_alone`` raises if a closed capture
-left anything on the source. The fixture ``opened`` is one open capture; a module whose captures are dear may give it a wider scope.
+left anything on the source. Where captures are dear, inherit the two halves apart: in ``OpenCaptureContract`` the fixture ``opened``,
+which is one open capture, may then be given a wider scope.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def sample(source: BlockSource) -> list[bytes]:
     return found
 
 
-class OriginContract:
-    """Inherit and give the fixture ``origin``."""
+class OpenCaptureContract:
+    """What one open capture must do: C1, C2, C4, C6. Gives the fixture ``opened``; needs ``origin``."""
 
     @pytest.fixture
     def opened(self, origin: Origin) -> Iterator[Capture]:
@@ -49,9 +50,6 @@ class OriginContract:
 
     def disturb(self) -> None:
         """Change the source."""
-
-    def left_alone(self, origin: Origin) -> None:
-        """Raise if something of a closed capture is left on the source."""
 
     def test_c1_disks_are_the_machines_or_named_by_a_notice(self, opened: Capture) -> None:
         known = [disk.id for disk in opened.machine.disks]
@@ -77,6 +75,24 @@ class OriginContract:
             assert isinstance(answer, Unknown)
             assert answer.reason
 
+    def test_c6_marks_survive_json_and_a_later_process(self, opened: Capture, later: Origin) -> None:
+        marks = {key: disk.mark for key, disk in opened.disks.items() if disk.mark is not None}
+        again = {key: Mark(mark) for key, mark in json.loads(json.dumps(marks)).items()}
+        assert again == marks
+        if marks:
+            with later.capture(again) as capture:
+                for key in marks:
+                    answer = capture.changes(key)
+                    assert isinstance(answer, Changed)
+                    check_changed(answer, capture.disks[key].source.size)
+
+
+class ReleaseContract:
+    """What captures that come and go must do: C4, C5, C7. Needs ``origin``; no other capture may be open on the source."""
+
+    def left_alone(self, origin: Origin) -> None:
+        """Raise if something of a closed capture is left on the source."""
+
     def test_c4_a_mark_nobody_knows_is_unknown(self, origin: Origin) -> None:
         known = [disk.id for disk in origin.inspect().disks]
         with origin.capture({key: Mark("nobody gave this") for key in known}) as capture:
@@ -94,20 +110,13 @@ class OriginContract:
             raise KeyError
         self.left_alone(origin)
 
-    def test_c6_marks_survive_json_and_a_later_process(self, opened: Capture, later: Origin) -> None:
-        marks = {key: disk.mark for key, disk in opened.disks.items() if disk.mark is not None}
-        again = {key: Mark(mark) for key, mark in json.loads(json.dumps(marks)).items()}
-        assert again == marks
-        if marks:
-            with later.capture(again) as capture:
-                for key in marks:
-                    answer = capture.changes(key)
-                    assert isinstance(answer, Changed)
-                    check_changed(answer, capture.disks[key].source.size)
-
     def test_c7_retiring_an_unknown_mark_is_harmless(self, origin: Origin) -> None:
         origin.retire([Mark("nobody gave this")])
         origin.retire([])
+
+
+class OriginContract(OpenCaptureContract, ReleaseContract):
+    """All of it. Inherit and give the fixture ``origin``."""
 
 
 def check_changed(answer: Changed, size: int) -> None:

@@ -27,7 +27,7 @@ from p2v.collect.ssh import SshOrigin
 from p2v.config import Secret
 from p2v.errors import ConsistencyError, PrivilegeError
 from p2v.session import SshTarget
-from tests.contracts.origin import OriginContract
+from tests.contracts.origin import OpenCaptureContract, ReleaseContract
 from tests.machines.builder import BuiltMachine
 from tests.machines.physical import PhysicalMachine
 from tests.machines.writer import verify_command
@@ -105,10 +105,9 @@ def test_inspect_writes_nothing(physical: PhysicalMachine) -> None:
     assert machine.boot.kernels[0].drivers
 
 
-class TestSshOrigin(OriginContract):
+class TestOpenCapture(OpenCaptureContract):
     @pytest.fixture
-    def origin(self, host: SshOrigin, physical: PhysicalMachine) -> SshOrigin:
-        self.physical = physical
+    def origin(self, host: SshOrigin) -> SshOrigin:
         return host
 
     @pytest.fixture(scope="class")
@@ -116,11 +115,22 @@ class TestSshOrigin(OriginContract):
         with host.capture() as capture:
             yield capture
 
+    @pytest.fixture(autouse=True)
+    def _physical(self, physical: PhysicalMachine) -> None:
+        self.physical = physical
+
     def disturb(self) -> None:
         self.physical.run(
             "dd if=/dev/urandom of=/root/noise bs=1M count=8 conv=fsync 2>/dev/null; "
             "echo x >/boot/noise; sync; rm /root/noise /boot/noise; sync"
         )
+
+
+class TestRelease(ReleaseContract):
+    @pytest.fixture
+    def origin(self, host: SshOrigin, physical: PhysicalMachine) -> SshOrigin:
+        self.physical = physical
+        return host
 
     def left_alone(self, origin: Origin) -> None:
         wait_clean(self.physical, 30)
