@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import metadata
 
 import cyclopts
 
@@ -11,6 +12,7 @@ from p2v.console import Console
 
 app = cyclopts.App(
     name="p2v-backup",
+    version=lambda: metadata.version("p2v-toolkit"),
     help="Back machines up into a repository, and prove that they come back. Nothing of it is there yet: see the README.",
 )
 

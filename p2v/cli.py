@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 app = cyclopts.App(
     name="p2v",
+    version=lambda: metadata.version("p2v-toolkit"),
     help="Turn a running machine, a virtual machine or a disk image into a VM for any platform that is seen to boot.",
     version_flags=["--version"],
     help_format="markdown",

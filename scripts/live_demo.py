@@ -25,7 +25,10 @@ def main() -> int:
     """Run the demonstration; 0 when every verdict was boots/pass."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="p2v-demo-"))
     started = time.monotonic()
-    print(f"results go to {folder}; {platform.processor() or platform.machine()}, Python {platform.python_version()}", flush=True)
+    print(
+        f"results go to {folder}; {platform.processor() or platform.machine()}, Python {platform.python_version()}",
+        flush=True,
+    )
     with step("build the source machine (cached after the first time)"):
         built = build(RECIPES["bios-lvm"], report=_tell)
     with contextlib.ExitStack() as stack:
@@ -57,7 +60,9 @@ def show_result(folder: Path) -> None:
     """The verdict and the stages that the conversion recorded in the folder."""
     record = json.loads((folder / "machine.json").read_bytes())
     verdict = record["verdict"]
-    print(f"\n{folder}: verdict {verdict['level']}/{verdict['result']}; {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    print(
+        f"\n{folder}: verdict {verdict['level']}/{verdict['result']}; {', '.join(sorted(p.name for p in folder.iterdir()))}"
+    )
     for stage in record["stages"]:
         print(f"  {stage['seconds']:7.1f} s  {stage['name']}{': ' + stage['detail'] if stage['detail'] else ''}")
 

@@ -215,7 +215,7 @@ class TestScript:
         buffer = mmap.mmap(-1, len(data) + 2 * PAGE)
         begin = offset % PAGE
         buffer[begin : begin + len(data)] = data
-        runs = remote_agent.find_runs(buffer, begin, len(data), offset)
+        runs = remote_agent.find_runs(memoryview(buffer), begin, len(data), offset)
         rebuilt, position = bytearray(len(data)), 0
         for start, length in runs:
             assert start >= position
