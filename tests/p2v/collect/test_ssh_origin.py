@@ -318,6 +318,24 @@ def test_a_cut_link_is_an_error_and_the_source_cleans_up(physical: PhysicalMachi
     wait_clean(physical, 3 * SILENCE + 120)
 
 
+def test_without_lvm_it_is_fuzzy_and_says_so(bios_plain_disk: BuiltMachine) -> None:
+    notices: list[Notice] = []
+    with PhysicalMachine(bios_plain_disk) as plain:
+        with SshOrigin(target(plain), notice=notices.append) as origin, origin.capture() as capture:
+            (disk,) = capture.disks.values()
+            assert disk.consistency is Consistency.FUZZY
+            assert [(n.code, n.subject) for n in capture.notices] == [("fuzzy-disk", capture.machine.boot.disk)]
+            assert notices == capture.notices
+            extents = list(disk.source.extents(0, disk.source.size))
+            held = sum(extent.length for extent in extents if extent.kind is Kind.DATA)
+            swap = next(v for v in capture.machine.volumes if v.content == "swap")
+            assert held <= disk.source.size - swap.size + (1 << 20)  # of swap only the header
+            head = bytearray(512)
+            disk.source.readinto(memoryview(head), 0)
+            assert head[510:] == b"\x55\xaa"
+        wait_clean(plain, 30)
+
+
 def test_a_vanished_disk_is_an_error(physical: PhysicalMachine) -> None:
     """The last test: the machine is of no use afterwards."""
     with (
