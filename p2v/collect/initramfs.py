@@ -2,7 +2,8 @@
 
 ``PROGRAM`` runs on the source (python3 >= 3.4, nothing but what Debian's python3-minimal has), reads the images where they lie and prints
 names only. The distributions' own listers (lsinitramfs, lsinitrd) write temporary files, so they are not used. An image is a sequence of
-newc cpio archives, of which the last is usually compressed (kernel: Documentation/driver-api/early-userspace/buffer-format.rst).
+newc cpio archives, of which the last is usually compressed (kernel: Documentation/driver-api/early-userspace/buffer-format.rst); that of
+an adapted machine has one more behind it.
 """
 
 from __future__ import annotations
@@ -82,6 +83,30 @@ def entry(s, head):
         s.skip(size)
     s.skip(-size % 4)
     return name != "TRAILER!!!"
+def appended(f, start):
+    # what was appended later: gzip behind a block of zeroes, at a multiple of 512 (the decompressor reads in blocks: f's place is unknown)
+    rest, at = b"", start
+    while True:
+        f.seek(at)
+        block = f.read(1 << 20)
+        if not block:
+            return
+        at += len(block)
+        data = rest + block
+        base = at - len(data)
+        found = data.find(b"\0" * 512 + b"\x1f\x8b\x08")
+        while found >= 0:
+            if (base + found) % 512 == 0:
+                f.seek(base + found + 512)
+                p = subprocess.Popen(["gzip", "-dc"], stdin=f, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                try:
+                    archives(Stream(p.stdout, 1 << 32), None)
+                finally:
+                    p.stdout.close()
+                    p.kill()
+                    p.wait()
+            found = data.find(b"\0" * 512 + b"\x1f\x8b\x08", found + 1)
+        rest = data[-514:]
 def archives(s, f):
     count = 0
     while True:
@@ -112,6 +137,7 @@ def archives(s, f):
                     p.stdout.close()
                     p.kill()
                     p.wait()
+                appended(f, s.at)
                 return
         if f is None:
             return

@@ -154,5 +154,10 @@ def test_drivers_that_an_initramfs_lacks_are_appended_with_their_indexes(root: P
         for line in asked.stdout.splitlines():
             kind, path = line.split()[:2]
             assert kind == "builtin" or (root / path[1:]).exists() or word(Path(path).name.partition(".")[0]) in held
+    # An inspection of the adapted machine sees them too.
+    seen = initramfs.parse(
+        subprocess.run([sys.executable, "-c", initramfs.PROGRAM, str(image)], check=True, capture_output=True).stdout
+    )
+    assert not seen[str(image)].error and set(STORAGE_DRIVERS) <= {word(name) for name in seen[str(image)].modules}
     again = _run(root, record)
     assert "adapted before" in again and image.read_bytes() == now
