@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,47 @@ _TOTAL = 3600.0  # seconds; making an initramfs anew takes minutes in an emulato
 _IDLE = 90.0  # seconds without output, disk access or use of the processor
 _BUSY_SHARE = 0.1
 _MARK = "p2v: "
+
+# What stage and hooks ask of busybox; a test compares it with the stage.
+_APPLETS = frozenset(
+    [
+        *(
+            "awk",
+            "base64",
+            "cat",
+            "chroot",
+            "cmp",
+            "cp",
+            "cpio",
+            "cut",
+            "dd",
+            "dirname",
+            "find",
+            "grep",
+            "gzip",
+            "head",
+            "insmod",
+        ),
+        *(
+            "ln",
+            "mkdir",
+            "mount",
+            "rm",
+            "rmdir",
+            "sed",
+            "sh",
+            "sha256sum",
+            "sleep",
+            "sort",
+            "stat",
+            "sync",
+            "tail",
+            "tar",
+            "timeout",
+        ),
+        *("tr", "umount"),
+    ]
+)
 
 _START = """\
 B=/p2v/busybox
@@ -182,12 +224,20 @@ def find_busybox() -> Path:
     for folder in os.get_exec_path():
         for name in ("busybox", "busybox-static", "busybox.static"):
             found = Path(folder, name)
-            if os.access(found, os.X_OK) and _is_static_x86(found):
+            if os.access(found, os.X_OK) and _is_static_x86(found) and _applets(found) >= _APPLETS:
                 return found
     raise AdaptationError(
-        "no static busybox for x86 is installed; the self-adaptation boot needs one",
+        "no static busybox for x86 with all that is needed is installed; the self-adaptation boot needs one",
         advice="install it (Debian, Ubuntu: apt-get install busybox-static; Fedora: dnf install busybox), or convert with --no-adapt",
     )
+
+
+def _applets(program: Path) -> frozenset[str]:
+    try:
+        said = subprocess.run([program, "--list"], capture_output=True, timeout=30, check=False, text=True).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return frozenset()
+    return frozenset(said.split())
 
 
 def _is_static_x86(program: Path) -> bool:

@@ -487,13 +487,14 @@ $(dmesg 2>/dev/null | bb grep -iE 'error|read-only|corrupt' | bb tail -n 3)"
     bb awk '$1 !~ /^#/ && NF > 2 && $2 ~ /^\/(boot|efi|usr|var|opt|boot\/.*|var\/lib|var\/tmp|usr\/.*)$/ { print length($2), $2 }' /etc/fstab |
         bb sort -n | bb cut -d' ' -f2 >"$WORK/places"
     while read -r place; do
-        bb mountpoint -q "$place" || mount_place "$place"
+        mounted "$place" || mount_place "$place"
     done <"$WORK/places"
     for place in / $(bb cat "$WORK/places"); do
-        bb mountpoint -q "$place" && bb mount -o remount,rw "$place" 2>/dev/null
+        mounted "$place" && bb mount -o remount,rw "$place" 2>/dev/null
     done
     bb mkdir -p "$STATE" && : >"$STATE/probe" && bb rm "$STATE/probe" || die "the root file system cannot be written: $(room /)"
 }
+mounted() { bb awk -v place="$1" '$2 == place { found = 1 } END { exit !found }' /proc/mounts; }
 mount_place() {
     mount "$1" 2>"$WORK/stderr" && return
     # The rest of LVM, without the udev that would make the nodes.

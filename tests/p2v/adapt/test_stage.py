@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import pytest
 
 from formats.machine import Boot, Machine
 from p2v.adapt.plan import ITEMS, AdaptItem, AdaptPlan
-from p2v.adapt.stage import find_busybox, stage_tables
+from p2v.adapt.stage import _APPLETS, find_busybox, stage_tables
 from p2v.errors import AdaptationError
 from tests.p2v.adapt.machines import DATA_UUID, LUKS_UUID, MAC, ROOT_UUID, SWAP_UUID, kernel, machine
 from tests.requirement import needs
@@ -310,6 +311,12 @@ def test_modules_that_are_lacking_are_found_with_what_they_need(tmp_path: Path) 
 def test_the_stage_is_clean_shell() -> None:
     ran = subprocess.run(["shellcheck", str(_SOURCE / "stage.sh")], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout
+
+
+def test_the_stage_uses_no_applet_that_was_not_asked_for() -> None:
+    text = (_SOURCE / "stage.sh").read_text()
+    used = set(re.findall(r"\bbb ([a-z0-9]+)", text)) | set(re.findall(r'"\$H/busybox" ([a-z0-9]+)', text))
+    assert used and used <= _APPLETS
 
 
 def test_a_dynamic_busybox_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
