@@ -68,23 +68,6 @@ def test_a_machine_without_kernel_stops_before_the_copy(physical_bios_lvm: Physi
     assert left_on(physical_bios_lvm) == ""
 
 
-@pytest.mark.parametrize("stage", ["capture", "copy metal1-disk0.qcow2"])
-def test_killed_in_a_stage(physical_bios_lvm: PhysicalMachine, tmp_path: Path, stage: str) -> None:
-    words = [
-        "convert",
-        *address(physical_bios_lvm),
-        "--to",
-        "libvirt",
-        "-o",
-        str(tmp_path / "vm"),
-        "--boot-check",
-        "none",
-    ]
-    assert interrupted(words, stage, signal.SIGKILL, tmp_path / "log") == -signal.SIGKILL
-    assert final_names(tmp_path / "vm") == []
-    assert left_on(physical_bios_lvm, within=GUARD_BOUND) == ""
-
-
 @pytest.mark.nightly
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize(
