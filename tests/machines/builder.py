@@ -4,7 +4,8 @@ The cache folder (`$P2V_TEST_CACHE`, default `~/.cache/p2v-toolkit/machines`) ho
 
 - `keys/`: the SSH key pair of the tests and the machines' SSH host key, made once per cache, in no repository;
 - `tree-HASH/`: an unpacked package tree as an ext4 image with its kernel and initramfs (the slow part, shared);
-- `NAME-HASH/`: a machine: `disk.raw` (sparse, read-only; boot it through an overlay), `recipe.json`, `install.log`.
+- `NAME-HASH/`: a machine: `disk.raw` (sparse, read-only; boot it through an overlay), further disks beside it,
+  `variables.fd` where the firmware is UEFI, `recipe.json`, `install.log`.
 
 HASH is over the recipe, the keys and `VERSION`. An entry is built under a file lock in a `.part-` folder and renamed
 when it is complete: what is there under its final name is whole. Building a machine removes older entries of its name
@@ -29,12 +30,12 @@ from typing import TextIO
 
 from tests.machines import board, installer
 from tests.machines.errors import MachineError
-from tests.machines.recipe import RECIPES, Recipe, Tree
+from tests.machines.recipe import RECIPES, FurtherDisk, Recipe, Tree
 
 VERSION = 1
 """Part of every cache key: raise it when the builder itself makes different disks from the same recipe."""
 
-_INSTALL_TIMEOUT = 900.0
+_INSTALL_TIMEOUT = 1800.0
 _TREE_MIB = 3072
 
 
@@ -70,6 +71,11 @@ class BuiltMachine:
         return self.folder / "disk.raw"
 
     @property
+    def further_disks(self) -> tuple[Path, ...]:
+        """The disks beside `disk`, in the recipe's order: sparse raw images, read-only."""
+        return tuple(self.folder / f"{disk.name}.raw" for disk in self.recipe.further_disks)
+
+    @property
     def variables(self) -> Path | None:
         """The UEFI variables that the installation left (read-only; copy before use), None for a BIOS machine."""
         return self.folder / "variables.fd" if self.recipe.firmware == "uefi" else None
@@ -85,9 +91,18 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps([VERSION, *parts], sort_keys=True).encode()).hexdigest()[:16]
 
 
+# These fields came after the first machines: at their default they are no part of a key.
+_LATER = {"controller": "virtio", "further_disks": (), "fstab_names": ()}
+
+
+def _key_fields(items: list[tuple[str, object]]) -> dict[str, object]:
+    return {name: value for name, value in items if name not in _LATER or value != _LATER[name]}
+
+
 def tree_key(tree: Tree) -> str:
     """Return the cache key of a package tree."""
-    return _digest("tree", dataclasses.asdict(tree), installer.BOOTSTRAP, _UNPACK, _CHECKER_HOOK)
+    fields = dataclasses.asdict(tree, dict_factory=_key_fields)
+    return _digest("tree", fields, installer.bootstrap(tree), _UNPACK, _CHECKER_HOOK)
 
 
 def machine_key(recipe: Recipe, keys: Keys) -> str:
@@ -95,7 +110,7 @@ def machine_key(recipe: Recipe, keys: Keys) -> str:
     return _digest(
         "machine",
         tree_key(recipe.tree),
-        dataclasses.asdict(recipe),
+        dataclasses.asdict(recipe, dict_factory=_key_fields),
         installer.script(recipe),
         keys.identity_public,
         keys.host_public,
@@ -212,7 +227,7 @@ def _build_tree(tree: Tree, folder: Path) -> None:
         ],
         log=folder / "packages.log",
     )
-    (folder / "bootstrap").write_text(installer.BOOTSTRAP)
+    (folder / "bootstrap").write_text(installer.bootstrap(tree))
     unpack = _UNPACK.format(bootstrap_path=installer.BOOTSTRAP_PATH, size=_TREE_MIB)
     # Without root privileges the files' owners are kept by a user name space (Debian's package uidmap).
     wrapper = [] if os.geteuid() == 0 else ["unshare", "--map-auto", "--map-root-user", "--"]
@@ -222,12 +237,23 @@ def _build_tree(tree: Tree, folder: Path) -> None:
 # --- the machine ----------------------------------------------------------------------------------------------------
 
 
-def _partition(recipe: Recipe, disk: Path) -> None:
-    lines = [f"label: {recipe.table}"]
-    if recipe.table == "dos":
-        lines.append(f"label-id: 0x{recipe.uuid('disk').hex[:8]}")
-    for partition in recipe.partitions:
+def _blank(path: Path, mib: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(mib << 20)
+
+
+def _partition(recipe: Recipe, disk: Path, description: Recipe | FurtherDisk) -> None:
+    """Write the partition table of `description` (the recipe itself, or one of its further disks) to `disk`."""
+    place = "disk" if description is recipe else description.name
+    lines = [f"label: {description.table}"]
+    if description.table == "dos":
+        lines.append(f"label-id: 0x{recipe.uuid(place).hex[:8]}")
+    else:
+        lines.append(f"label-id: {recipe.uuid(place)}")
+    for number, partition in enumerate(description.partitions, start=1):
         fields = [f"type={partition.kind}"]
+        if description.table == "gpt":
+            fields.append(f"uuid={recipe.uuid(f'{place}:{number}')}")
         if partition.size_mib is not None:
             fields.insert(0, f"size={partition.size_mib}MiB")
         if partition.bootable:
@@ -244,40 +270,55 @@ def _partition(recipe: Recipe, disk: Path) -> None:
 
 def _install(recipe: Recipe, tree: Path, folder: Path) -> None:
     console = folder / "install.log"
+    controller = recipe.tree.controller
     drives = (
         ("target", "disk.raw", "discard=unmap,detect-zeroes=unmap"),
+        *((disk.name, f"{disk.name}.raw", "discard=unmap,detect-zeroes=unmap") for disk in recipe.further_disks),
         ("tree", str(tree / "tree.raw"), "snapshot=on"),
         ("payload", "payload.tar", "snapshot=on"),
     )
+    root = f"root={installer.disk_link(controller, 'tree')} rw init={installer.BOOTSTRAP_PATH}"
+    # dracut puts virtio into every initramfs that it makes in a virtual machine
+    as_physical = controller == "ahci"
+    hardware = board.physical_arguments(folder) if as_physical else ["-machine", "q35", "-cpu", "max"]
     command = [
         *board.base_arguments(memory_mib=1024, cpus=2),
-        *("-machine", "q35", "-cpu", "max", "-no-reboot", "-nic", "none"),
+        *hardware,
+        *("-no-reboot", "-nic", "none"),
         *("-kernel", str(tree / "kernel"), "-initrd", str(tree / "initramfs")),
-        *("-append", f"console=ttyS0 quiet root=/dev/disk/by-id/virtio-tree rw init={installer.BOOTSTRAP_PATH}"),
+        *("-append", f"console=ttyS0 quiet {root}"),
         *("-serial", f"file:{board.escape(console)}"),
         *board.firmware_arguments(recipe.firmware, folder / "variables.fd"),
     ]
-    for serial, name, options in drives:
+    for number, (serial, name, options) in enumerate(drives):
         path = board.escape(folder / name)
         command += ["-drive", f"if=none,id={serial},format=raw,file={path},cache=unsafe,{options}"]
-        command += ["-device", f"virtio-blk-pci,drive={serial},serial={serial}"]
-    result = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=_INSTALL_TIMEOUT,
-        stdin=subprocess.DEVNULL,
-    )
+        kind = f"ide-hd,bus=ide.{number},model={installer.DISK_MODEL}" if controller == "ahci" else "virtio-blk-pci"
+        command += ["-device", f"{kind},drive={serial},serial={serial}"]
+    try:
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_INSTALL_TIMEOUT,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        log = board.tail(console, 40)
+        raise MachineError(f"the installation of {recipe.name} took over {_INSTALL_TIMEOUT:.0f} s:\n{log}") from None
     if result.returncode != 0 or installer.DONE not in console.read_text(errors="replace"):
         raise MachineError(f"the installation of {recipe.name} failed:\n{result.stderr}\n{board.tail(console, 40)}")
 
 
 def _build_machine(recipe: Recipe, tree: Path, machine_keys: Keys, folder: Path) -> None:
     disk = folder / "disk.raw"
-    with disk.open("wb") as file:
-        file.truncate(recipe.disk_mib << 20)
-    _partition(recipe, disk)
+    _blank(disk, recipe.disk_mib)
+    _partition(recipe, disk, recipe)
+    for further in recipe.further_disks:
+        path = folder / f"{further.name}.raw"
+        _blank(path, further.disk_mib)
+        _partition(recipe, path, further)
     if recipe.firmware == "uefi":
         shutil.copyfile(board.VARIABLES_TEMPLATE, folder / "variables.fd")
     host_key = machine_keys.host_key
@@ -290,6 +331,7 @@ def _build_machine(recipe: Recipe, tree: Path, machine_keys: Keys, folder: Path)
     payload.write_bytes(installer.payload(recipe, key_files))
     _install(recipe, tree, folder)
     payload.unlink()
+    (folder / "smbios-type0").unlink(missing_ok=True)
     (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
     for path in folder.iterdir():
         path.chmod(0o444)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.machines.builder import BuiltMachine, build
 from tests.machines.physical import PhysicalMachine
-from tests.machines.recipe import BIOS_LVM, BIOS_LVM_FULL, BIOS_PLAIN, Recipe
+from tests.machines.recipe import BIOS_LVM, BIOS_LVM_FULL, BIOS_PLAIN, UEFI_DRACUT, Recipe
 from tests.requirement import missing
 
 BUILD_PROGRAMS = ("mmdebstrap", "mke2fs", "sfdisk", "qemu-system-x86_64", "qemu-img", "ssh", "ssh-keygen", "setpriv")
@@ -41,7 +41,20 @@ def bios_plain_disk() -> BuiltMachine:
 
 
 @pytest.fixture(scope="session")
+def uefi_dracut_disk() -> BuiltMachine:
+    """The machine `uefi-dracut`: UEFI without a fallback loader, host-only initramfs, XFS on LVM, a data disk, static address."""
+    return _built(UEFI_DRACUT)
+
+
+@pytest.fixture(scope="session")
 def physical_bios_lvm(bios_lvm_disk: BuiltMachine) -> Iterator[PhysicalMachine]:
     """The machine `bios-lvm`, running. Shared by the session: leave it as it was found, and running."""
     with PhysicalMachine(bios_lvm_disk) as physical:
+        yield physical
+
+
+@pytest.fixture(scope="session")
+def physical_uefi_dracut(uefi_dracut_disk: BuiltMachine) -> Iterator[PhysicalMachine]:
+    """The machine `uefi-dracut`, running. Shared by the session: leave it as it was found, and running."""
+    with PhysicalMachine(uefi_dracut_disk) as physical:
         yield physical

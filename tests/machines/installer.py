@@ -6,24 +6,37 @@ boot loader: by the machine's own tools and kernel, so the host needs neither de
 
 from __future__ import annotations
 
+import functools
 import io
 import shlex
 import tarfile
 
-from tests.machines.recipe import FileSystem, Recipe, Swap, VolumeGroup
+from tests.machines.recipe import Controller, FileSystem, Recipe, Swap, Tree, VolumeGroup
 
 DONE = "INSTALLER: DONE"
 """Printed on the serial console when everything worked; anything else is a failed build."""
 
 BOOTSTRAP_PATH = "/usr/local/sbin/installer-bootstrap"
-BOOTSTRAP = f"""#!/bin/sh
+DISK_MODEL = "INSTALLER"
+"""The model of the installer's AHCI disks: udev names a disk after its model and serial."""
+
+
+def disk_link(controller: Controller, serial: str) -> str:
+    """Return the path by which the installer finds its disk `serial` on `controller`."""
+    return "/dev/disk/by-id/" + (f"ata-{DISK_MODEL}_{serial}" if controller == "ahci" else f"virtio-{serial}")
+
+
+def bootstrap(tree: Tree) -> str:
+    """Return the init of the throw-away boot: unpacks the installer of the recipe from the payload disk and becomes it."""
+    return f"""#!/bin/sh
 # init of the throw-away boot: unpacks the installer of the recipe from the payload disk and becomes it.
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 mkdir -p /run/installer
-tar -C /run/installer -xf /dev/disk/by-id/virtio-payload install
+tar -C /run/installer -xf {disk_link(tree.controller, "payload")} install
 exec /bin/sh /run/installer/install
 # {BOOTSTRAP_PATH}
 """
+
 
 _HEAD = """#!/bin/sh
 set -eu
@@ -37,14 +50,21 @@ finish() {
 }
 trap finish EXIT
 step() { echo "INSTALLER: $(cut -d' ' -f1 /proc/uptime) $*"; }
-disk=$(readlink -f /dev/disk/by-id/virtio-target)
-target=/target
-by_uuid() { mkdir -p /dev/disk/by-uuid; ln -sf "$2" "/dev/disk/by-uuid/$1"; }
 """
+_BY_UUID = 'by_uuid() { mkdir -p /dev/disk/by-uuid; ln -sf "$2" "/dev/disk/by-uuid/$1"; }\n'
+
+
+def _disks(recipe: Recipe) -> list[str]:
+    link = functools.partial(disk_link, recipe.tree.controller)
+    lines = [f"disk=$(readlink -f {link('target')})", "target=/target"]
+    return lines + [f"disk_{disk.name}=$(readlink -f {link(disk.name)})" for disk in recipe.further_disks]
 
 
 def _node(place: str) -> str:
-    return f"/dev/{place}" if "/" in place else f'"${{disk}}{place}"'
+    if "/" in place:
+        return f"/dev/{place}"
+    disk, colon, number = place.rpartition(":")
+    return f'"${{disk{"_" if colon else ""}{disk}}}{number}"'
 
 
 def _content_uuid(recipe: Recipe, place: str, content: FileSystem | Swap) -> str:
@@ -90,12 +110,18 @@ def _storage(recipe: Recipe) -> list[str]:
 
 
 def fstab(recipe: Recipe) -> str:
-    """Return the machine's /etc/fstab: logical volumes by their mapper name, the rest by UUID, as Debian's installer does."""
+    """Return the machine's /etc/fstab: logical volumes by their mapper name, the rest by UUID, as Debian's installer does.
+
+    What the recipe has a device name for keeps that name.
+    """
+    names = dict(recipe.fstab_names)
     lines = ["# <file system> <mount point> <type> <options> <dump> <pass>"]
     for place, group, content in recipe.areas():
         if isinstance(content, VolumeGroup):
             continue
-        if group is None:
+        if isinstance(content, FileSystem) and content.mount in names:
+            source = names[content.mount]
+        elif group is None:
             source = f"UUID={_content_uuid(recipe, place, content)}"
         else:
             # the mapper doubles a dash that is part of a name
@@ -118,7 +144,7 @@ done
 mkdir -m 755 -p $target/dev $target/proc $target/sys $target/run
 mkdir -m 1777 -p $target/tmp
 rm -f $target{BOOTSTRAP_PATH} $target/etc/ssh/ssh_host_*
-tar -C $target --strip-components=1 -xf /dev/disk/by-id/virtio-payload files
+tar -C $target --strip-components=1 -xf @PAYLOAD@ files
 for name in dev proc sys run; do mount --rbind /$name $target/$name; done
 """
 
@@ -136,10 +162,17 @@ def _configure(recipe: Recipe) -> list[str]:
 
 def _loader(recipe: Recipe) -> list[str]:
     if recipe.loader == "grub-efi":
-        install = "chroot $target grub-install --target=x86_64-efi --efi-directory=/boot/efi"
+        # the firmware's variables get the boot entry: it is the only way to the loader, nothing is put in \EFI\BOOT
+        install = [
+            "variables=$target/sys/firmware/efi/efivars",
+            "mountpoint -q $variables || mount -t efivarfs efivarfs $variables",
+            "chroot $target grub-install --target=x86_64-efi --efi-directory=/boot/efi",
+            "chroot $target efibootmgr -v",
+            "find $target/boot/efi",
+        ]
     else:
-        install = "chroot $target grub-install --target=i386-pc $disk"
-    return ["step boot loader", install, "chroot $target update-grub"]
+        install = ["chroot $target grub-install --target=i386-pc $disk"]
+    return ["step boot loader", *install, "chroot $target update-grub"]
 
 
 # An old time stamp makes systemd redo its first-boot work (hwdb, ldconfig, journal catalogue) at every throw-away boot.
@@ -155,7 +188,15 @@ echo "{DONE}"
 
 def script(recipe: Recipe) -> str:
     """Return the installer of `recipe` as a shell script for /bin/sh of Debian."""
-    parts = [_HEAD, *_storage(recipe), _COPY, *_configure(recipe), *_loader(recipe), _TAIL]
+    copy = _COPY.replace("@PAYLOAD@", disk_link(recipe.tree.controller, "payload"))
+    parts = [
+        _HEAD + "\n".join([*_disks(recipe), _BY_UUID]),
+        *_storage(recipe),
+        copy,
+        *_configure(recipe),
+        *_loader(recipe),
+        _TAIL,
+    ]
     return "\n".join(parts)
 
 

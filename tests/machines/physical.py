@@ -6,7 +6,6 @@ import contextlib
 import re
 import shutil
 import socket
-import struct
 import subprocess
 import tempfile
 import time
@@ -26,39 +25,23 @@ from tests.machines.writer import Acknowledgement, Writer
 SERIAL = "P2VSRC0001"
 MODEL = "NORTHWIND NW6000"
 MAC = "52:54:00:a1:00:01"
-MANUFACTURER = "Northwind Computers"
-PRODUCT = "Tower 100"
-MACHINE_SERIAL = "NWT100-0001"
-MACHINE_UUID = "6e7d8a52-5c7c-4b1e-9d4e-0c5f0d1a2b3c"
 
-# PCI addresses that give the predictable names; 00:19.0 is where Intel puts the on-board NIC of a real chipset.
-_NIC_ADDRESSES = {"enp0s25": "0x19", "enp0s5": "0x5"}
+# QEMU's device and the PCI address that gives the predictable name; 00:19.0 and 00:1f.6 are where Intel puts the
+# on-board NIC of its chipsets.
+_NICS = {
+    "enp0s25": "e1000,id=nic0,addr=0x19",
+    "enp0s5": "e1000,id=nic0,addr=0x5",
+    "enp0s31f6": "e1000e,id=nic0,addr=0x1f.6",
+}
 
 _POLL = 0.25
 # A connection made before the guest listens is never answered; sshd under TCG greets within a second or two.
 _GREETING_TIMEOUT = 3.0
 
 
-def _bios_information() -> bytes:
-    """Return SMBIOS structure type 0 (SMBIOS specification, 7.1) of a PC of 2016.
-
-    QEMU's own says "this is a virtual machine" in the second extension byte, and no option of it takes that away.
-    """
-    formatted = struct.pack(
-        "<BBH BBH BBQ BB BBBB",
-        *(0, 24, 0),  # type, length, handle
-        *(1, 2, 0xE800),  # strings 1 and 2: vendor, version; start segment
-        *(3, 15, 0x0000_0000_0001_1880),  # string 3: date; 1 MiB ROM; PCI, upgradeable, shadowed, boots from CD
-        *(0x01, 0x04),  # ACPI; targeted content distribution
-        *(1, 7, 0xFF, 0xFF),  # release 1.7; no embedded controller
-    )
-    strings = (MANUFACTURER, "1.07", "03/14/2016")
-    return formatted + b"".join(text.encode() + b"\0" for text in strings) + b"\0"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataDisk:
-    """A further disk of the machine: a raw file that the machine writes to. It follows the system disk (sdb, sdc ...)."""
+    """One more disk: a raw file that the machine writes to. It follows the disks of the recipe (sda, or sda and sdb ...)."""
 
     path: Path
     serial: str
@@ -67,7 +50,8 @@ class DataDisk:
 class PhysicalMachine:
     """A context manager: entering boots the machine and waits for SSH, leaving cuts its power.
 
-    The disk is a throw-away overlay over the built one; a given `overlay` (qcow2, made if it is not there) is kept.
+    The disk is a throw-away overlay over the built one; a given `overlay` (qcow2, made if it is not there) is kept, and
+    beside it what else the machine writes to: `OVERLAY.NAME` of each further disk, `OVERLAY.variables` of the firmware.
     The network is QEMU's user network without any way out; only the SSH port is forwarded, on 127.0.0.1 (`port`, 0 for
     a free one). QEMU dies with the thread that entered, so enter in one that outlives the use. A machine that does not
     start, boot or answer raises MachineError with the end of its console.
@@ -120,52 +104,51 @@ class PhysicalMachine:
 
     def _start(self) -> None:
         overlay = self._overlay if self._overlay is not None else self.folder / "overlay.qcow2"
-        if not overlay.exists():
-            backing = ["-b", str(self.machine.disk), "-F", "raw"]
-            command = [board.program("qemu-img"), "create", "-q", "-f", "qcow2", *backing, str(overlay)]
-            subprocess.run(command, check=True, capture_output=True)
+        overlays = [overlay]
+        overlays += [overlay.with_name(f"{overlay.name}.{disk.name}") for disk in self.machine.recipe.further_disks]
+        for path, base in zip(overlays, (self.machine.disk, *self.machine.further_disks), strict=True):
+            if not path.exists():
+                backing = ["-b", str(base), "-F", "raw"]
+                command = [board.program("qemu-img"), "create", "-q", "-f", "qcow2", *backing, str(path)]
+                subprocess.run(command, check=True, capture_output=True)
         variables = self.machine.variables
         if variables is not None:
             own = overlay.with_name(overlay.name + ".variables")
             if not own.exists():
                 shutil.copyfile(variables, own)
             variables = own
-        (self.folder / "smbios-type0").write_bytes(_bios_information())
         log = (self.folder / "qemu.log").open("wb")
         with log:
             self._process = subprocess.Popen(
-                self._command(overlay, variables), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self._command(overlays, variables), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         self._port = self._forwarded_port()
         self.known_hosts.write_text(self.host_key_line + "\n")
 
-    def _command(self, overlay: Path, variables: Path | None) -> list[str]:
+    def _command(self, overlays: Sequence[Path], variables: Path | None) -> list[str]:
         recipe = self.machine.recipe
         forward = f"hostfwd=tcp:127.0.0.1:{self._wanted_port}-:22"
-        identity = f"manufacturer={MANUFACTURER},product={PRODUCT},serial={MACHINE_SERIAL}"
         command = [
             *board.base_arguments(memory_mib=self._memory_mib, cpus=self._cpus),
-            # a guest that looks for a hypervisor finds none
-            *("-machine", "q35", "-cpu", "max,hypervisor=off,tcg-cpuid=off"),
-            *("-uuid", MACHINE_UUID),
-            *("-smbios", f"file={board.escape(self.folder / 'smbios-type0')}"),
-            *("-smbios", f"type=1,{identity},uuid={MACHINE_UUID}"),
-            *("-smbios", f"type=2,{identity}"),
-            *("-smbios", f"type=3,manufacturer={MANUFACTURER},serial={MACHINE_SERIAL}"),
+            *board.physical_arguments(self.folder),
             *("-vga", "std"),
             *("-serial", f"file:{board.escape(self.console)}"),
             *("-qmp", f"unix:{self._monitor},server=on,wait=off"),
             *("-netdev", f"user,id=net0,restrict=on,{forward}"),
-            *("-device", f"e1000,id=nic0,netdev=net0,mac={self.mac},addr={_NIC_ADDRESSES[recipe.nic]}"),
+            *("-device", f"{_NICS[recipe.nic]},netdev=net0,mac={self.mac}"),
             *board.firmware_arguments(recipe.firmware, variables),
         ]
-        disks = [("disk0", "qcow2", overlay, self.serial)]
-        disks += [(f"disk{n}", "raw", disk.path, disk.serial) for n, disk in enumerate(self.data_disks, start=1)]
-        for number, (name, kind, path, serial) in enumerate(disks):
+        serials = [self.serial, *(disk.serial for disk in recipe.further_disks)]
+        disks = [("qcow2", path, serial) for path, serial in zip(overlays, serials, strict=True)]
+        disks += [("raw", disk.path, disk.serial) for disk in self.data_disks]
+        for number, (kind, path, serial) in enumerate(disks):
+            name = f"disk{number}"
             node = f"driver={kind},node-name={name},discard=unmap,detect-zeroes=unmap,cache.no-flush=on"
             command += ["-blockdev", f"{node},file.driver=file,file.filename={board.escape(path)}"]
             device = f"ide-hd,bus=ide.{number},drive={name},serial={serial},model={MODEL}"
-            command += ["-device", device + (",bootindex=0" if number == 0 else "")]
+            # UEFI boots what its own variables say, as on a desk
+            first = number == 0 and recipe.firmware == "bios"
+            command += ["-device", device + (",bootindex=0" if first else "")]
         return command
 
     def kill(self) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,11 @@ from tests.machines import builder, installer
 from tests.machines.board import escape, program
 from tests.machines.errors import MachineError
 from tests.machines.physical import MAC, MODEL, SERIAL, DataDisk, PhysicalMachine
-from tests.machines.recipe import BIOS_LVM, BIOS_PLAIN, RECIPES, FileSystem, Recipe, User, VolumeGroup
+from tests.machines.recipe import BIOS_LVM, BIOS_PLAIN, RECIPES, UEFI_DRACUT, FileSystem, Recipe, User, VolumeGroup
 from tests.machines.writer import verify_command
 from tests.requirement import needs
+
+slow_boot = pytest.mark.slow_boot
 
 # --- cache keys -----------------------------------------------------------------------------------------------------
 
@@ -36,9 +41,12 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> builder.Keys:
         dataclasses.replace(BIOS_LVM, disk_mib=BIOS_LVM.disk_mib + 1),
         dataclasses.replace(BIOS_LVM, users=(*BIOS_LVM.users, User(name="one", password="more"))),
         dataclasses.replace(BIOS_LVM, commands=("true",)),
+        dataclasses.replace(BIOS_LVM, fstab_names=(("/boot", "/dev/sda1"),)),
+        dataclasses.replace(BIOS_LVM, further_disks=UEFI_DRACUT.further_disks),
+        dataclasses.replace(BIOS_LVM, tree=dataclasses.replace(BIOS_LVM.tree, controller="ahci")),
         dataclasses.replace(BIOS_LVM, tree=dataclasses.replace(BIOS_LVM.tree, packages=("zstd",))),
     ],
-    ids=["hostname", "disk", "user", "command", "package"],
+    ids=["hostname", "disk", "user", "command", "fstab", "further disk", "controller", "package"],
 )
 def test_every_change_of_a_recipe_changes_its_key(keys: builder.Keys, other: Recipe) -> None:
     assert builder.machine_key(other, keys) != builder.machine_key(BIOS_LVM, keys)
@@ -123,6 +131,11 @@ def test_the_layout_of_a_recipe_fits_its_disk(recipe: Recipe) -> None:
     mounts = [content.mount for _, _, content in recipe.areas() if isinstance(content, FileSystem)]
     assert mounts.count("/") == 1
     assert len(set(mounts)) == len(mounts)
+    assert {mount for mount, _ in recipe.fstab_names} <= set(mounts)
+    for disk in recipe.further_disks:
+        assert sum(partition.size_mib or 0 for partition in disk.partitions) < disk.disk_mib
+        assert all(partition.size_mib is not None for partition in disk.partitions[:-1])
+        assert not any(isinstance(partition.content, VolumeGroup) for partition in disk.partitions)
     for partition in recipe.partitions:
         if isinstance(partition.content, VolumeGroup):
             assert all(volume.size_mib is not None for volume in partition.content.volumes[:-1])
@@ -133,6 +146,61 @@ def test_the_installer_is_a_valid_shell_script(recipe: Recipe, tmp_path: Path) -
     path = tmp_path / "install"
     path.write_text(installer.script(recipe))
     subprocess.run(["sh", "-n", str(path)], check=True)
+
+
+def test_the_hard_machine_mounts_by_device_name_uuid_and_mapper() -> None:
+    names = {line.split()[1]: line.split()[0] for line in installer.fstab(UEFI_DRACUT).splitlines()[1:]}
+    assert names == {
+        "/boot/efi": "/dev/sda1",
+        "/boot": f"UUID={UEFI_DRACUT.uuid('/boot')}",
+        "/": "/dev/mapper/vg0-root",
+        "/home": "/dev/mapper/vg0-home",
+        "none": "/dev/mapper/vg0-swap",
+        "/data": "/dev/sdb1",
+    }
+
+
+# --- the hard machine's disks, as they were built -------------------------------------------------------------------
+
+
+def _partition_starts(disk: Path) -> list[int]:
+    """The partitions' offsets in bytes, in order."""
+    output = subprocess.run([program("sfdisk"), "--json", str(disk)], capture_output=True, check=True).stdout
+    table = json.loads(output)["partitiontable"]
+    return [int(partition["start"]) * int(table["sectorsize"]) for partition in table["partitions"]]
+
+
+def _cpio_names(image: bytes) -> set[str]:
+    """The names in an initramfs of uncompressed archives followed by one that gzip compressed, as dracut makes it here."""
+    start = next(match.start() for match in re.finditer(rb"\x1f\x8b\x08", image) if match.start() % 512 == 0)
+    archive = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(image[start:])
+    listing = subprocess.run([program("cpio"), "-t", "--quiet"], input=archive, capture_output=True, check=True)
+    return set(listing.stdout.decode().split("\n"))
+
+
+@slow_boot
+@needs("debugfs", "cpio")
+def test_the_initramfs_of_the_hard_machine_is_for_its_own_controller_only(
+    uefi_dracut_disk: builder.BuiltMachine, tmp_path: Path
+) -> None:
+    # a partition with a plain ext4, so that it can be read without a boot
+    boot = f"{uefi_dracut_disk.disk}?offset={_partition_starts(uefi_dracut_disk.disk)[1]}"
+    subprocess.run([program("debugfs"), "-R", f"rdump / {tmp_path}", boot], check=True, capture_output=True)
+    (image,) = tmp_path.glob("initrd.img-*")
+    modules = {Path(name).name.removesuffix(".ko") for name in _cpio_names(image.read_bytes()) if name.endswith(".ko")}
+    assert {"ahci", "sd_mod", "xfs", "dm-mod"} <= modules
+    assert not {module for module in modules if module.startswith("virtio_")}
+
+
+@slow_boot
+@needs("mdir")
+def test_the_hard_machine_boots_by_its_variables_only(uefi_dracut_disk: builder.BuiltMachine) -> None:
+    esp = f"{uefi_dracut_disk.disk}@@{_partition_starts(uefi_dracut_disk.disk)[0]}"
+    listing = subprocess.run([program("mdir"), "-/", "-b", "-i", esp, "::"], capture_output=True, text=True, check=True)
+    loaders = [line.removeprefix("::").lower() for line in listing.stdout.splitlines() if line.lower().endswith(".efi")]
+    assert loaders == ["/efi/debian/grubx64.efi"]
+    assert uefi_dracut_disk.variables is not None
+    assert r"\EFI\debian\grubx64.efi".encode("utf-16-le") in uefi_dracut_disk.variables.read_bytes()
 
 
 # --- the writer's check, on this computer's Python ------------------------------------------------------------------
@@ -187,8 +255,6 @@ def test_the_check_sees_a_damaged_journal(tmp_path: Path) -> None:
 
 # --- the machine ----------------------------------------------------------------------------------------------------
 
-slow_boot = pytest.mark.slow_boot
-
 
 @slow_boot
 def test_the_machine_is_what_its_recipe_says(physical_bios_lvm: PhysicalMachine) -> None:
@@ -208,6 +274,40 @@ def test_the_machine_is_what_its_recipe_says(physical_bios_lvm: PhysicalMachine)
         " lsblk -dno SERIAL /dev/sda; systemctl --failed --plain --no-legend"
     ).stdout
     assert [line.strip() for line in facts.splitlines()] == ["metal1", MAC, "none", "0", "refused", MODEL, SERIAL]
+    assert "login:" in physical.console.read_text(errors="replace")
+
+
+@slow_boot
+def test_the_hard_machine_is_what_its_recipe_says(physical_uefi_dracut: PhysicalMachine) -> None:
+    physical = physical_uefi_dracut
+    text = physical.run(
+        "for mount in / /boot /boot/efi /home /data;"
+        " do findmnt -rno TARGET,SOURCE,FSTYPE $mount; done; swapon --noheadings --show=TYPE;"
+        " vgs --noheadings --units m --nosuffix -o vg_free | tr -d ' '"
+    ).stdout
+    lines = [tuple(line.split()) for line in text.splitlines()]
+    assert lines[:5] == [
+        ("/", "/dev/mapper/vg0-root", "xfs"),
+        ("/boot", "/dev/sda2", "ext4"),
+        ("/boot/efi", "/dev/sda1", "vfat"),
+        ("/home", "/dev/mapper/vg0-home", "ext4"),
+        ("/data", "/dev/sdb1", "ext4"),
+    ]
+    assert lines[5] == ("partition",)
+    assert float(lines[6][0]) >= 1024
+
+    facts = physical.run(
+        "hostname; systemd-detect-virt; lsblk -dno SERIAL /dev/sda /dev/sdb;"
+        " basename $(readlink -f /sys/class/net/enp0s31f6/device/driver); cat /sys/class/net/enp0s31f6/address;"
+        " ip -4 -o address show dev enp0s31f6 | tr -s ' ' | cut -d' ' -f4; ip route show default | cut -d' ' -f3;"
+        " cat /data/known /home/known; test -d /sys/firmware/efi && echo efi;"
+        " systemctl --failed --plain --no-legend; lsmod | grep -c ^virtio",
+        check=False,
+    ).stdout
+    assert facts.splitlines() == [
+        *("metal3", "none", SERIAL, UEFI_DRACUT.further_disks[0].serial, "e1000e", MAC, "10.0.2.15/24", "10.0.2.2"),
+        *("on the data disk", "on the home volume", "efi", "0"),
+    ]
     assert "login:" in physical.console.read_text(errors="replace")
 
 
