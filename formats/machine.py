@@ -236,6 +236,10 @@ class Machine:
     platform: Platform = field(default_factory=Platform)
     clock_utc: bool | None = None
 
+    def belongs(self, disk: Disk) -> bool:
+        """Whether the disk is part of the machine: fixed, not on USB - or the one that it boots from, whatever that is."""
+        return disk.id == self.boot.disk or not (disk.removable or disk.bus is Bus.USB)
+
     def disk(self, disk_id: str) -> Disk:
         """The disk with this stable id; ``KeyError`` if there is none."""
         for disk in self.disks:

@@ -78,6 +78,8 @@ def read(folder: Path) -> FolderRecord:
         record = msgspec.json.decode(content, type=FolderRecord)
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise ImageError(f"{path} is no record of a machine: {error}", subject=str(path)) from None
+    if len({disk.id for disk in record.disks}) < len(record.disks):
+        raise ImageError(f"{path} has two disks of the same id", subject=str(path))
     for disk in record.disks:
         if disk.file in ("", ".", "..") or Path(disk.file).name != disk.file or "\0" in disk.file:
             raise UnsafeImageError(f"{path} names a disk that is no file beside it: {disk.file!r}", subject=str(path))

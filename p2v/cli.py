@@ -407,7 +407,7 @@ def platforms(*, output: Output = _OUTPUT) -> int:
 
 @app.command
 def cleanup(source: str, /, *, connection: Connection = _CONNECTION, output: Output = _OUTPUT) -> int:
-    """Remove what a killed run left on a source: snapshots named p2v-*, frozen file systems.
+    """Remove what a killed run left on a source: snapshots named p2v-*. (Frozen file systems thaw by themselves.)
 
     What a run that is still alive holds is left alone.
 

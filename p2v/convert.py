@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from formats.block import BlockSource, data_bytes
 from formats.capture import Capture, Consistency, weakest
 from formats.definitions import Hardware, profile_of
+from formats.definitions.text import file_stem
 from formats.errors import InterruptedRunError, Notice, ToolkitError, UsageError
 from formats.images import create_sink, open_source
 from formats.machine import Machine
@@ -105,7 +105,7 @@ class Conversion:
             profile_of(self._request.platform),
             hardware,
             folder=self._request.destination,
-            name=self._request.name or _file_name(machine.name),
+            name=file_stem(self._request.name or machine.name.partition(".")[0]),
             disk_format=self._request.disk_format,
         )
 
@@ -290,7 +290,8 @@ class Conversion:
 
     def _evidence(self, made: Plan, what: str) -> Path:
         folder = made.folder / f"{made.name}-{what}"
-        shutil.rmtree(folder, ignore_errors=True)
+        for name in ("console.log", "screen.png", "report.log", "audit.diff"):  # an earlier run's, and nothing else
+            (folder / name).unlink(missing_ok=True)
         return folder
 
     # -- copy ------------------------------------------------------------------------------------------------------
@@ -299,7 +300,7 @@ class Conversion:
         console, made = self._console, emission.plan
         used = self._used(sources, made)
         if all(disk.subformat != "streamOptimized" for disk in made.disks):
-            require_space(made.folder, sum(used.values()))
+            require_space(made.folder, sum(used.values()) - emission.allocated)
         done: dict[str, object] = {}
         for disk in made.disks:
             with console.stage(f"copy {disk.file}") as stage:
@@ -367,9 +368,3 @@ def _described(made: Plan) -> dict[str, object]:
         "hardware": record(made.hardware),
         "disks": [record(disk) for disk in made.disks],
     }
-
-
-def _file_name(host: str) -> str:
-    """A host name as a name for files and machines on every platform."""
-    cleaned = re.sub(r"[^A-Za-z0-9._-]+", "-", host.partition(".")[0]).strip("-._")[:63]
-    return cleaned or "machine"

@@ -11,6 +11,7 @@ An ``Emission`` goes through its steps in order; until ``publish`` every output 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -24,9 +25,10 @@ import msgspec
 from formats import qemu_img
 from formats.block import BlockSource, Kind
 from formats.definitions import Definition, render
-from formats.errors import ImageError, NoSpaceError, UsageError, WriteError
+from formats.errors import ImageError, NoSpaceError, ToolkitError, UsageError, WriteError
 from formats.images import create_sink, image_format, open_source
 from formats.layers import Seeded
+from formats.layouts.window import Window
 from formats.machine import Machine
 from formats.nbd import NbdDisk, connect
 from formats.progress import Progress
@@ -85,6 +87,8 @@ class Emission:
         self.scratch = self.work / "scratch"  # for what is never published: overlays, copies aside
         self.resumed = False
         self._copying = False
+        self._stamp = msgspec.json.encode([plan.platform.name, plan.disks])
+        self._sizes: dict[str, int] = {}
         self._fingerprints: dict[str, Fingerprint] = {}
         self._lock = -1
 
@@ -105,30 +109,53 @@ class Emission:
                 f"{folder} cannot be used: {error.strerror}", advice="Choose another folder with -o."
             ) from None
         try:
+            self.resumed = self._is_ours()
+            if self.resumed and not (folder / self.plan.definition).exists():
+                self._take_back()
             refuse_existing(self.plan)
             self._prepare_work()
+        except OSError as error:
+            self._unlock()
+            raise _translated(error, folder) from None
         except BaseException:
             self._unlock()
             raise
         return self
 
+    def _is_ours(self) -> bool:
+        """Whether the work folder is of the same plan, left by a run that did not come to its end."""
+        with contextlib.suppress(OSError):
+            return (self.work / _PLAN).read_bytes() == self._stamp
+        return False
+
+    def _take_back(self) -> None:
+        """Undo a publication that broke off before the definition was in its place."""
+        for file in [RECORD, *(disk.file for disk in self.plan.disks)]:
+            if (path := self.plan.folder / file).exists():
+                path.rename(self.work / file)
+
     def _prepare_work(self) -> None:
         """Keep the disks that an interrupted run of the same plan left, and nothing else."""
-        wanted = msgspec.json.encode([self.plan.platform.name, self.plan.disks])
-        with contextlib.suppress(OSError):
-            self.resumed = (self.work / _PLAN).read_bytes() == wanted
+        wanted = self._stamp
         shutil.rmtree(self.scratch if self.resumed else self.work, ignore_errors=True)
-        self.scratch.mkdir(parents=True)
+        self.scratch.mkdir(parents=True, exist_ok=True)
         (self.work / _PLAN).write_bytes(wanted)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         # A full disk wants its room back, and a copy that reads back wrong is none to build on.
-        useful = self._copying and not isinstance(error, (NoSpaceError, WriteError))
+        useful = self.resumed or (self._copying and not isinstance(error, NoSpaceError))
+        useful = useful and not isinstance(error, WriteError)
         if kind is None or not useful:
             shutil.rmtree(self.work, ignore_errors=True)
         else:
             shutil.rmtree(self.scratch, ignore_errors=True)
         self._unlock()
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that an interrupted run's disks take already."""
+        paths = [self.pending(disk) for disk in self.plan.disks]
+        return sum(path.stat().st_blocks * 512 for path in paths if path.exists())
 
     def pending(self, disk: DiskPlan) -> Path:
         """Where the disk lies until it is published."""
@@ -139,8 +166,9 @@ class Emission:
     ) -> Copied:
         """Write one disk, used blocks only, flushed to stable storage. Raises what source and sink raise."""
         path = self.pending(disk)
+        self._sizes[disk.disk_id] = source.size
         if self.resumed and path.exists():
-            if image_format(disk.format).subformat(disk.subformat).sequential or not _sound(path, disk.format):
+            if image_format(disk.format).subformat(disk.subformat).sequential or not _sound(path, disk):
                 path.unlink()
             else:
                 return self._go_on(disk, source, progress, total)
@@ -177,7 +205,8 @@ class Emission:
                 f"qemu-img check finds errors in the copy: {report.text}", subject=disk.file, advice=_AGAIN
             )
         with contextlib.closing(open_source(path, format=disk.format)) as image:
-            seen = fingerprint(image, progress=progress)
+            # A format's rounding of the size is no part of the disk.
+            seen = fingerprint(Window(image, 0, self._sizes[disk.disk_id]), progress=progress)
         if different := self._fingerprints[disk.disk_id].differences(seen):
             where = ", ".join(f"{e.start >> 30}" for e in different[:8])
             raise WriteError(
@@ -191,13 +220,25 @@ class Emission:
         """Give disks and record their final names, then the definition; each is on stable storage before the next."""
         plan = self.plan
         definition = self.definition(machine)
-        (self.work / _PLAN).unlink()
-        for file in sorted(path for path in self.work.iterdir() if path.is_file()):
-            file.rename(plan.folder / file.name)
-        os.fsync(self._lock)
-        self._write(RECORD, encode(self._record(machine, extra)))
+        texts = {RECORD: encode(self._record(machine, extra))}
         for name in sorted(definition.files, key=lambda name: name == definition.main):
-            self._write(name, definition.files[name].encode(), executable=name in definition.scripts)
+            texts[name] = definition.files[name].encode()
+        try:
+            for name, content in texts.items():
+                self._write(name, content, executable=name in definition.scripts)
+            disks = sorted(
+                path.name for path in self.work.iterdir() if path.is_file() and path.name not in {_PLAN, *texts}
+            )
+            for name in (*disks, *texts):
+                if (plan.folder / name).exists():
+                    raise UsageError(
+                        f"{plan.folder / name} is there already", advice="Remove it, then run the same command again."
+                    )
+            for name in (*disks, *texts):  # the definition is the last of the texts
+                (self.work / name).rename(plan.folder / name)
+                os.fsync(self._lock)
+        except OSError as error:
+            raise _translated(error, plan.folder) from None
         return Artifact(
             folder=plan.folder,
             definition=plan.folder / definition.main,
@@ -217,16 +258,14 @@ class Emission:
         named = replace(machine, name=plan.name)
         return render(plan.platform.name, named, plan.defined_disks(), plan.hardware, folder=str(plan.folder.resolve()))
 
-    def _write(self, name: str, content: bytes, *, executable: bool = False) -> None:
-        pending = self.work / name
-        with pending.open("wb") as stream:
+    def _write(self, name: str, content: bytes, *, executable: bool) -> None:
+        path = self.work / name
+        with path.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         if executable:
-            pending.chmod(0o755)
-        pending.rename(self.plan.folder / name)
-        os.fsync(self._lock)
+            path.chmod(0o755)
 
     def _unlock(self) -> None:
         if self._lock >= 0:
@@ -238,12 +277,20 @@ _PLAN = "plan.json"
 _AGAIN = "Run the conversion again; if it repeats, look at the destination's memory and storage (dmesg)."
 
 
-def _sound(path: Path, disk_format: str) -> bool:
-    """Whether what an interrupted run left can be written on; leaked clusters are given back."""
+def _sound(path: Path, disk: DiskPlan) -> bool:
+    """Whether what an interrupted run left can be written on: whole structures and the right size. Leaked clusters are given back."""
+    driver = image_format(disk.format).driver
     try:
-        return qemu_img.check(path, image_format(disk_format).driver, repair="leaks").corruptions == 0
+        whole = qemu_img.check(path, driver, repair="leaks").corruptions == 0
+        return whole and qemu_img.info(path, driver).virtual_size >= disk.size
     except ImageError:
         return False
+
+
+def _translated(error: OSError, folder: Path) -> ToolkitError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(f"{folder} is full", advice="Free space there, or choose another folder with -o.")
+    return UsageError(f"{folder} cannot be written: {error.strerror}", advice="Choose another folder with -o.")
 
 
 class _Refilled:

@@ -49,8 +49,11 @@ def open_origin(
         yield FileOrigin(Path(source), disk_format=disk_format or None)
         return
     if not _SSH.fullmatch(source):
+        shown = (
+            "what was given" if ":" in source.rpartition("@")[0].removeprefix("ssh://") else repr(source)
+        )  # may hold a password
         raise UsageError(
-            f"{source!r} is neither a file nor a host",
+            f"{shown} is neither a file nor a host",
             advice="Name a host as root@HOST or ssh://USER@HOST:PORT, or the path of an image.",
         )
     from p2v.collect.ssh import SshOrigin

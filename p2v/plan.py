@@ -54,9 +54,9 @@ class Plan:
 
 
 def disks_of(machine: Machine) -> tuple[Disk, ...]:
-    """The disks that a conversion takes: all that are fixed, the boot disk first."""
-    fixed = [disk for disk in machine.disks if not disk.removable]
-    return tuple(sorted(fixed, key=lambda disk: disk.id != machine.boot.disk))
+    """The disks that a conversion takes: those that belong to the machine, the boot disk first."""
+    own = [disk for disk in machine.disks if machine.belongs(disk)]
+    return tuple(sorted(own, key=lambda disk: disk.id != machine.boot.disk))
 
 
 def plan(

@@ -83,11 +83,11 @@ def _fits(machine: Machine, platform: str, disk_format: str, hardware: Hardware)
 
 def _no_disks(machine: Machine, _hardware: Hardware, _platform: str) -> Iterator[Finding]:
     for disk in machine.disks:
-        if disk.removable:
+        if not machine.belongs(disk):
             yield Finding(
                 code="removable-disk",
                 severity=Severity.NOTE,
-                message="is removable and is not converted",
+                message="is removable or on USB, and is not converted",
                 subject=disk.name or disk.id,
             )
     if machine.disks and not disks_of(machine):

@@ -16,7 +16,7 @@ from formats.capture import Consistency
 from formats.errors import Notice
 from formats.layouts import lvm
 from formats.layouts.partition import is_extended
-from formats.machine import Bus, Disk, Machine, Volume
+from formats.machine import Disk, Machine, Volume
 from p2v.collect.guard import SnapshotPlan
 
 STAGE_MOST = 1 << 30
@@ -26,6 +26,10 @@ _ROOM_LEAST = 64 << 20  # a snapshot with less room for changes overflows before
 _FREEZABLE = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "jfs", "reiserfs", "nilfs2", "gfs2"})
 _MAPPED = frozenset({"ext2", "ext3", "ext4"})  # only what is used is copied
 _SWAP = "[SWAP]"
+# Contents that nobody changes unless they are mounted, opened or switched on, which shows elsewhere.
+_INERT = frozenset(
+    {"", "ext2", "ext3", "ext4", "xfs", "vfat", "exfat", "ntfs", "swap", "iso9660", "crypto_LUKS", "BitLocker"}
+)
 
 
 class Treatment(Enum):
@@ -79,7 +83,7 @@ def captured(machine: Machine) -> tuple[tuple[Disk, ...], tuple[Notice, ...]]:
     taken: list[Disk] = []
     notices: list[Notice] = []
     for disk in sorted(machine.disks, key=lambda d: d.id != machine.boot.disk):
-        if (disk.removable or disk.bus is Bus.USB) and disk.id != machine.boot.disk:
+        if not machine.belongs(disk):
             notices.append(
                 Notice(
                     code="disk-left-out",
@@ -186,7 +190,10 @@ def _treatment(
         )
     mounts = [m for m in volume.mountpoints if m != _SWAP]
     if not mounts:
-        return Treatment.LIVE, "", ""
+        # No mount point does not mean that nobody writes: pools, arrays and data bases hold devices without one.
+        if volume.content in _INERT or _SWAP in volume.mountpoints:
+            return Treatment.LIVE, "", ""
+        return Treatment.LIVE, f"{volume.path} holds {volume.content}, which may be in use without being mounted", ""
     amount = volume.used if volume.content in _MAPPED and volume.used is not None else volume.size
     if "/" in mounts:
         return Treatment.LIVE, f"the root file system is on {volume.path}, which is no LVM volume", ""

@@ -104,6 +104,10 @@ class FileOrigin:
 
     def _disk(self, disk_id: str, path: Path, image_format: str | None, bus: Bus) -> Disk:
         with contextlib.closing(open_source(path, format=image_format)) as source:
+            if source.size == 0:
+                raise ImageError(
+                    f"{path} is empty", advice="Name a disk image with something in it.", subject=str(path)
+                )
             table = read_table(source)
             return Disk(id=disk_id, size=source.size, bus=bus, table=table)
 

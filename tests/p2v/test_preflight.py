@@ -8,6 +8,8 @@ import pytest
 
 from formats.errors import UsageError
 from formats.machine import Boot, Bus, Cpu, Disk, Firmware, Kernel, Machine, Nic, Volume
+from p2v.collect.consistency import captured
+from p2v.plan import disks_of
 from p2v.preflight import Severity, examine
 
 GIB = 1 << 30
@@ -65,7 +67,7 @@ def test_what_the_platform_refuses_is_a_blocker() -> None:
     assert codes(large, "hyperv", disk_format="vhd")["platform-refuses"] is Severity.BLOCKER
     arm = replace(MACHINE, cpu=Cpu(architecture="aarch64"))
     assert codes(arm)["platform-refuses"] is Severity.BLOCKER
-    no_disk = replace(MACHINE, disks=(replace(MACHINE.disks[0], removable=True),))
+    no_disk = replace(MACHINE, boot=Boot(), disks=(replace(MACHINE.disks[0], removable=True),))
     assert codes(no_disk)["no-fixed-disk"] is Severity.BLOCKER
 
 
@@ -88,3 +90,13 @@ def test_hyperv_stands_in() -> None:
 def test_an_unknown_platform_is_a_usage_error() -> None:
     with pytest.raises(UsageError):
         examine(MACHINE, "no-such-platform")
+
+
+def test_usb_disks_stay_behind_unless_the_machine_boots_from_them() -> None:
+    usb = Disk(id="stick", name="sdb", size=GIB, bus=Bus.USB)
+    machine = replace(MACHINE, disks=(*MACHINE.disks, usb))
+    assert codes(machine) == {"removable-disk": Severity.NOTE}
+    for taken in (disks_of, lambda m: captured(m)[0]):
+        assert [disk.id for disk in taken(machine)] == ["disk-1"]
+        from_usb = replace(machine, boot=replace(machine.boot, disk="stick"))
+        assert [disk.id for disk in taken(from_usb)] == ["stick", "disk-1"]

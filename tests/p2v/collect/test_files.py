@@ -17,6 +17,7 @@ from formats.machine import Disk, Firmware
 from p2v.cli import run
 from p2v.collect import files
 from p2v.collect.files import FileOrigin
+from p2v.emit import Emission
 from p2v.errors import LinkLostError
 from tests.requirement import needs
 
@@ -185,3 +186,109 @@ def test_a_copy_that_broke_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert sent <= 16 * MIB, "what had arrived was sent again"
     assert qemu_img.compare(source, "raw", folder / "disk-disk0.qcow2", "qcow2").equal
     assert {path.name for path in folder.iterdir()} == {"disk.xml", "disk-disk0.qcow2", "machine.json"}
+
+
+NOW = ("--boot-check", "none", "-q")
+
+
+@needs("qemu-img", "qemu-nbd")
+def test_a_resumed_run_that_stops_early_keeps_what_was_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw_image(tmp_path / "disk.raw")
+    words = ["convert", str(tmp_path / "disk.raw"), "--to", "libvirt", "-o", str(tmp_path / "vm"), *NOW]
+    with monkeypatch.context() as patch:
+        patch.setattr(Emission, "verify", interrupt)
+        assert run(words) == 130
+    part = tmp_path / "vm" / ".disk.part" / "disk-disk0.qcow2"
+    assert part.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(FileOrigin, "capture", interrupt)
+        assert run(words) == 130
+    assert part.exists()
+    assert run(words) == 3
+    assert not part.exists()
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@needs("qemu-img", "qemu-nbd")
+def test_a_publication_that_breaks_off_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw_image(tmp_path / "disk.raw")
+    folder = tmp_path / "vm"
+    words = ["convert", str(tmp_path / "disk.raw"), "--to", "libvirt", "-o", str(folder), *NOW]
+    rename = Path.rename
+
+    def broken(self: Path, target: Path) -> Path:
+        if target.suffix == ".xml":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", broken)
+        assert run(words) == 130
+    assert not (folder / "disk.xml").exists()
+    assert run(words) == 3
+    assert {path.name for path in folder.iterdir()} == {"disk.xml", "disk-disk0.qcow2", "machine.json"}
+    assert qemu_img.compare(tmp_path / "disk.raw", "raw", folder / "disk-disk0.qcow2", "qcow2").equal
+
+
+@needs("qemu-img", "qemu-nbd")
+@pytest.mark.parametrize("kind", ["qcow2", "vhdx", "vmdk"])
+def test_a_disk_of_an_odd_size_reads_back_equal(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "disk.raw").write_bytes(os.urandom(MIB + 1000))
+    platform = {"vhdx": "hyperv", "vmdk": "vmware-workstation"}.get(kind, "qemu")
+    words = ["convert", str(tmp_path / "disk.raw"), "--to", platform, "-o", str(tmp_path / "vm"), *NOW]
+    assert run([*words, "--disk-format", kind]) == 3
+
+
+@needs("qemu-img", "qemu-nbd")
+def test_a_disk_that_was_only_begun_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw_image(tmp_path / "disk.raw")
+    words = ["convert", str(tmp_path / "disk.raw"), "--to", "qemu", "-o", str(tmp_path / "vm"), *NOW]
+    with monkeypatch.context() as patch:
+        patch.setattr(Emission, "verify", interrupt)
+        assert run(words) == 130
+    begun = tmp_path / "vm" / ".disk.part" / "disk-disk0.qcow2"
+    begun.unlink()
+    qemu_img.create(begun, "qcow2", 0)
+    assert run(words) == 3
+    assert qemu_img.compare(tmp_path / "disk.raw", "raw", tmp_path / "vm" / "disk-disk0.qcow2", "qcow2").equal
+
+
+@needs("qemu-img", "qemu-nbd")
+def test_nothing_that_was_there_is_overwritten_or_removed(tmp_path: Path) -> None:
+    raw_image(tmp_path / "disk.raw")
+    folder = tmp_path / "vm"
+    (folder / "web-boot").mkdir(parents=True)
+    for name in ("web.xml", "web-boot/precious"):
+        (folder / name).write_text("mine")
+    words = ["convert", str(tmp_path / "disk.raw"), "--to", "libvirt", "-o", str(folder), *NOW]
+    assert run([*words, "--name", "web-"]) == 2
+    assert (folder / "web.xml").read_text() == "mine"
+    assert run([*words, "--name", "web2"]) == 3
+    assert (folder / "web-boot" / "precious").read_text() == "mine"
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    (flat / "ok-disk0-flat.vmdk").write_text("mine")
+    words = ["convert", str(tmp_path / "disk.raw"), "--to", "vmware-workstation", "-o", str(flat), *NOW]
+    assert run([*words, "--name", "ok", "--disk-format", "vmdk:monolithicFlat"]) == 2
+    assert (flat / "ok-disk0-flat.vmdk").read_text() == "mine"
+
+
+def test_an_empty_image_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "disk.raw").touch()
+    with pytest.raises(ImageError, match="empty"):
+        FileOrigin(tmp_path / "disk.raw")
+
+
+@pytest.mark.parametrize("folder", ["/proc/p2v", "/sys/kernel"])
+def test_a_destination_that_cannot_be_written_is_a_usage_error(tmp_path: Path, folder: str) -> None:
+    raw_image(tmp_path / "disk.raw")
+    assert run(["convert", str(tmp_path / "disk.raw"), "--to", "libvirt", "-o", folder, *NOW]) == 2
+
+
+def test_a_password_in_a_source_is_not_echoed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", "ssh://root:pa/ss@host", "--json"]) == 2
+    shown = capsys.readouterr()
+    assert "pa/ss" not in shown.out + shown.err
