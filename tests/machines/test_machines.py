@@ -178,6 +178,7 @@ def _cpio_names(image: bytes) -> set[str]:
     return set(listing.stdout.decode().split("\n"))
 
 
+@pytest.mark.nightly  # the machine takes minutes to build
 @slow_boot
 @needs("debugfs", "cpio")
 def test_the_initramfs_of_the_hard_machine_is_for_its_own_controller_only(
@@ -192,6 +193,7 @@ def test_the_initramfs_of_the_hard_machine_is_for_its_own_controller_only(
     assert not {module for module in modules if module.startswith("virtio_")}
 
 
+@pytest.mark.nightly  # the machine takes minutes to build
 @slow_boot
 @needs("mdir")
 def test_the_hard_machine_boots_by_its_variables_only(uefi_dracut_disk: builder.BuiltMachine) -> None:
@@ -277,6 +279,7 @@ def test_the_machine_is_what_its_recipe_says(physical_bios_lvm: PhysicalMachine)
     assert "login:" in physical.console.read_text(errors="replace")
 
 
+@pytest.mark.nightly  # the machine takes minutes to build
 @slow_boot
 def test_the_hard_machine_is_what_its_recipe_says(physical_uefi_dracut: PhysicalMachine) -> None:
     physical = physical_uefi_dracut
