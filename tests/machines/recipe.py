@@ -284,14 +284,18 @@ _STATIC_NETWORK = File(
     ),
 )
 
-# The initramfs is made anew for the computer that the installer runs on; the build fails unless it drives AHCI and
+# The initramfs is made anew for the computer that the installer runs on. dracut finds the disks below a file system by
+# udev's names in /dev/block, and no udev runs there. The build fails unless what came out drives AHCI and LVM, and
 # neither virtio's bus nor its disks.
 _HOST_ONLY = (
     "dpkg --purge dracut-config-generic",
+    'mkdir -p /dev/block; for disk in /sys/class/block/*; do read -r number < "$disk/dev";'
+    ' ln -sf "../${disk##*/}" "/dev/block/$number" || exit 1; done',
     "for kernel in /lib/modules/*; do version=${kernel##*/};"
     ' dracut --force "/boot/initrd.img-$version" "$version" || exit 1; done',
-    "for image in /boot/initrd.img-*; do lsinitrd $image > /tmp/list && grep -q '/ahci[.]ko' /tmp/list"
-    " && ! grep -E '/virtio_(pci|blk|scsi)[^/]*[.]ko' /tmp/list || exit 1; done; rm /tmp/list",
+    "for image in /boot/initrd.img-*; do lsinitrd $image > /tmp/list || exit 1;"
+    " for needed in /ahci.ko /xfs.ko /dm-mod.ko bin/lvm; do grep -qF $needed /tmp/list || exit 1; done;"
+    " ! grep -E '/virtio_(pci|blk|scsi)[^/]*[.]ko' /tmp/list || exit 1; done; rm /tmp/list",
 )
 
 # Everything that makes a converted machine fail: no driver, no fallback loader, device names, one interface's name.

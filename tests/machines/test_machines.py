@@ -188,8 +188,10 @@ def test_the_initramfs_of_the_hard_machine_is_for_its_own_controller_only(
     boot = f"{uefi_dracut_disk.disk}?offset={_partition_starts(uefi_dracut_disk.disk)[1]}"
     subprocess.run([program("debugfs"), "-R", f"rdump / {tmp_path}", boot], check=True, capture_output=True)
     (image,) = tmp_path.glob("initrd.img-*")
-    modules = {Path(name).name.removesuffix(".ko") for name in _cpio_names(image.read_bytes()) if name.endswith(".ko")}
+    names = _cpio_names(image.read_bytes())
+    modules = {Path(name).name.removesuffix(".ko") for name in names if name.endswith(".ko")}
     assert {"ahci", "sd_mod", "xfs", "dm-mod"} <= modules
+    assert "usr/sbin/lvm" in names
     assert not {module for module in modules if module.startswith("virtio_")}
 
 
