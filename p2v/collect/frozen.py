@@ -27,7 +27,7 @@ from formats.memory import MemoryDisk
 from formats.transfer import copy, fingerprint
 from p2v.collect.consistency import DiskPlan, Plan, Region, Treatment
 from p2v.collect.guard import Guard
-from p2v.errors import ConsistencyError, DiskVanishedError
+from p2v.errors import ConsistencyError, DiskVanishedError, LinkLostError
 
 _REST_MOST = 16 << 20  # space outside partitions is copied aside up to this size; larger gaps hold nothing that changes
 _METADATA_MOST = 256 << 20
@@ -156,12 +156,19 @@ class SshCapture:
             return
         self._left = True
         failure: ConsistencyError | None = None
-        if self._guard is not None and kind is None:
-            try:
+        try:
+            if self._guard is not None and isinstance(error, LinkLostError):
+                self._guard.abandon()
+            elif self._guard is not None and kind is None:
                 self._guard.check()
-            except ConsistencyError as lost:
-                failure = lost
-        self._stack.close()
+        except ConsistencyError as lost:
+            failure = lost
+        except LinkLostError:
+            assert self._guard is not None  # noqa: S101 - it has raised
+            self._guard.abandon()
+            raise
+        finally:
+            self._stack.close()
         for leftover in self._guard.leftovers if self._guard is not None else ():
             self._report(
                 Notice(

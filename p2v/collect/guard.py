@@ -373,6 +373,12 @@ class Guard:
         line, _, self._rest = self._rest.partition(b"\n")
         return line.decode("utf-8", "replace")
 
+    def abandon(self) -> None:
+        """The link is cut: let the guard find out by itself and clean up there; waits for nothing."""
+        self._stopped.set()
+        self._closed = True
+        self._process.kill()
+
     def close(self) -> None:
         """End the guard and wait for what it removed; idempotent. What it could not remove is in ``leftovers``."""
         self._stopped.set()
