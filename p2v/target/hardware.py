@@ -43,7 +43,16 @@ def _both(name: str, kind: _Kind, uefi: _Kind | None = None) -> None:
 _both("qemu", _Kind(chipset=Chipset.Q35, controller=Controller.VIRTIO_BLK, nic=NicModel.VIRTIO))
 _both("libvirt", _Kind(chipset=Chipset.Q35, controller=Controller.VIRTIO_BLK, nic=NicModel.VIRTIO))
 _both("proxmox", _Kind(chipset=Chipset.PC, controller=Controller.VIRTIO_SCSI, nic=NicModel.VIRTIO))
-_both("vmware-workstation", _Kind(chipset=Chipset.PC, controller=Controller.MPTSAS1068, nic=NicModel.E1000))
+# QEMU has no LSI 53C1030, which the definition asks for, and Linux finds no disk behind its mptsas1068.
+_both(
+    "vmware-workstation",
+    _Kind(
+        chipset=Chipset.PC,
+        controller=Controller.PVSCSI,
+        nic=NicModel.E1000,
+        missing="VMware's LSI Logic controller (mptspi); its paravirtual one (vmw_pvscsi) stands in",
+    ),
+)
 _both("vsphere", _Kind(chipset=Chipset.PC, controller=Controller.PVSCSI, nic=NicModel.VMXNET3))
 _both("virtualbox", _Kind(chipset=Chipset.PC, controller=Controller.SATA, nic=NicModel.E1000))
 _both("parallels", _Kind(chipset=Chipset.Q35, controller=Controller.SATA, nic=NicModel.VIRTIO))
