@@ -38,10 +38,12 @@ Opener = Callable[[str], BlockSource]
 
 
 class Watched:
-    """A snapshot's device: once the snapshot is lost, reading raises ``ConsistencyError`` instead of what the device says."""
+    """A snapshot's device: once the snapshot is lost, reading raises ``ConsistencyError`` instead of what the device says; and when one of
+    the disks ``below`` is gone, what that disk says.
+    """
 
-    def __init__(self, source: BlockSource, guard: Guard) -> None:
-        self._source, self._guard = source, guard
+    def __init__(self, source: BlockSource, guard: Guard, below: Sequence[BlockSource] = ()) -> None:
+        self._source, self._guard, self._below = source, guard, below
 
     @property
     def size(self) -> int:
@@ -56,6 +58,8 @@ class Watched:
             self._source.readinto(buffer, offset)
         except (ReadError, DiskVanishedError, ValueError):
             self._guard.check()
+            for disk in self._below:
+                disk.readinto(memoryview(bytearray(min(disk.size, 4096))), 0)
             raise
         if self._guard.failure:
             raise self._guard.error()

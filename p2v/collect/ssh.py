@@ -108,7 +108,7 @@ class SshOrigin:
             keeper.thaw()
             staging.unchanged(_labels(machine, live))
             for item in plan.snapshots:
-                source = Watched(opener(item.path), keeper)
+                source = Watched(opener(item.path), keeper, list(live.values()))
                 stack.callback(source.close)
                 snapshots[item.group, item.volume] = source
             notices += _apart(plan, apart)
