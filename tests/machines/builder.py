@@ -350,7 +350,7 @@ def _prune(cache: Path, recipe: Recipe, newest: Path) -> None:
 
 
 def build(recipe: Recipe, *, cache: Path | None = None, report: Callable[[str], None] = lambda _: None) -> BuiltMachine:
-    """Return the machine of `recipe`, built on first use: about two minutes for a new tree, one for a new machine.
+    """Return the machine of `recipe`, built on first use: minutes for a new tree, one to three for a new machine.
 
     `report` gets a line at the start and end of each long step. Raises MachineError when a program is missing or
     fails. Needs root privileges or, without them, user name spaces with a range of sub-uids (Debian's uidmap).
