@@ -107,7 +107,7 @@ def demand(verdict: Verdict, *, outcome: str, unproven_stops: bool = True) -> No
     evidence = " and ".join(path for path in (verdict.console, verdict.screenshot) if path)
     advice = "\n".join(
         [
-            *(finding.fix for finding in verdict.findings if finding.fix),
+            *dict.fromkeys(finding.fix for finding in verdict.findings if finding.fix),
             f"Evidence: {evidence}",
             "To copy it all the same: --boot-check none.",
         ]

@@ -20,7 +20,7 @@ from typing import Any, Literal, Self
 
 from formats.errors import Notice, ReadError, ToolkitError
 from p2v.collect import remote_agent as wire
-from p2v.collect.blockdev import RemoteDisk
+from p2v.collect.blockdev import RemoteDisk, buffered_read
 from p2v.errors import CommandError, DiskVanishedError, HostError, LinkLostError, PrivilegeError, PythonMissingError
 from p2v.session import RemoteProcess, Session
 
@@ -275,13 +275,20 @@ class Channel:
 class Agent:
     """The agents of one host; a context manager. Thread-safe.
 
-    ``notices`` collects what a result must tell, as devices that refuse O_DIRECT.
+    ``report`` is told what a result must tell, as devices that refuse O_DIRECT.
     """
 
-    def __init__(self, session: Session, channels: Sequence[Channel], facts: dict[str, Any], silence: float) -> None:
+    def __init__(
+        self,
+        session: Session,
+        channels: Sequence[Channel],
+        facts: dict[str, Any],
+        silence: float,
+        report: Callable[[Notice], None],
+    ) -> None:
         self.host = session.host
         self.facts = facts
-        self.notices: list[Notice] = []
+        self.report = report
         self._channels = channels
         self._devices = itertools.count(1)
         self._lock = threading.Lock()
@@ -299,6 +306,7 @@ class Agent:
         workers: int = 3,
         compress: Literal["auto", "always", "off"] = "auto",
         silence: float = 60.0,
+        report: Callable[[Notice], None] = lambda _: None,
     ) -> Agent:
         """Start the agent on ``channels`` connections of the session, with ``workers`` threads each.
 
@@ -321,7 +329,7 @@ class Agent:
             for channel in started:
                 channel.close()
             raise
-        return cls(session, started, facts, silence)
+        return cls(session, started, facts, silence, report)
 
     def _ping(self, interval: float) -> None:
         while not self._stopped.wait(interval):
@@ -347,7 +355,7 @@ class Agent:
             raise DiskVanishedError(f"{self.host}:{path} has no steady size", subject=path)
         disk = RemoteDisk(self, number, path, facts[0])
         if direct and disk.is_block and not disk.direct:
-            self.note_buffered(path)
+            self.report(buffered_read(path, self.host))
         return disk
 
     def ask(
@@ -376,18 +384,6 @@ class Agent:
                 request.wait()
             except (ToolkitError, ValueError):
                 continue
-
-    def note_buffered(self, path: str) -> None:
-        """Note that a device is read through the page cache."""
-        notice = Notice(
-            code="buffered-read",
-            message=f"{path} refuses O_DIRECT and is read through the page cache of {self.host}",
-            advice="Changes that were written below the cache may be missed; prefer a snapshot.",
-            subject=path,
-        )
-        with self._lock:
-            if notice not in self.notices:
-                self.notices.append(notice)
 
     @property
     def bytes_on_wire(self) -> int:

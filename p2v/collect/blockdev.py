@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from formats.block import Extent, Kind, check_range, gaps_filled
@@ -69,7 +69,7 @@ class RemoteDisk:
             raise failure
         if self.direct and any(request.flags & wire.BUFFERED for request in requests):
             self.direct = False
-            self._agent.note_buffered(self.path)
+            self._agent.report(buffered_read(self.path, self._agent.host))
 
     def extents(self, start: int, length: int) -> Iterator[Extent]:
         """The file's own map, asked piece by piece; DATA for a device."""
@@ -133,18 +133,35 @@ class RemoteDisk:
             self._agent.tell_all(wire.CLOSE, self._number)
 
 
+def buffered_read(path: str, host: str) -> Notice:
+    """That a device is read through the page cache."""
+    return Notice(
+        code="buffered-read",
+        message=f"{path} refuses O_DIRECT and is read through the page cache of {host}",
+        advice="Changes that were written below the cache may be missed; prefer a snapshot.",
+        subject=path,
+    )
+
+
 class DdDisk:
     """A block device or file of a host without Python, read by ``dd``, one process for each read: a ``BlockSource``.
 
-    All of it is DATA. Raises what ``RemoteDisk`` raises. ``notices`` says when O_DIRECT was refused.
+    All of it is DATA. Raises what ``RemoteDisk`` raises. ``report`` is told when O_DIRECT was refused.
     """
 
-    def __init__(self, session: Session, path: str, *, root: bool = True, direct: bool = True) -> None:
+    def __init__(
+        self,
+        session: Session,
+        path: str,
+        *,
+        root: bool = True,
+        direct: bool = True,
+        report: Callable[[Notice], None] = lambda _: None,
+    ) -> None:
         self._session, self.path, self._root = session, path, root
         self._label = f"{session.host}:{path}"
         self._closed = False
         self.bytes_on_wire = 0
-        self.notices: list[Notice] = []
         found = session.run(["sh", "-c", _SIZE, "sh", path], root=root)
         words = found.text.split()
         if found.exit_code == 9:
@@ -157,14 +174,7 @@ class DdDisk:
         self._size = int(words[1])
         self.direct = direct and self.is_block and self._size > 0 and self._takes_direct()
         if direct and self.is_block and not self.direct:
-            self.notices.append(
-                Notice(
-                    code="buffered-read",
-                    message=f"{path} refuses O_DIRECT and is read through the page cache of {session.host}",
-                    advice="Changes that were written below the cache may be missed; prefer a snapshot.",
-                    subject=path,
-                )
-            )
+            report(buffered_read(path, session.host))
 
     def _takes_direct(self) -> bool:
         probe = self._session.run(

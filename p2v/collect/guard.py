@@ -6,7 +6,7 @@ It is four processes of one script, with nothing on disk:
     main      takes commands, one a line: ``beat freeze snapshot thaw sync end``; before each act it writes into a pipe what will have to
               be undone
     warden    holds the other end of that pipe, ignores signals; when main is gone, however that came, it thaws and removes what was written
-    monitor   kills main when the collector was silent for too long or top is gone
+    monitor   kills main when the collector was silent for too long, an act lasts for ever, or top is gone
     timer     while something is frozen: thaws it at the deadline, also when all others hang
 
 While lvcreate runs, its parent holds the pipe open, so the warden acts only after it: a snapshot that is being made is removed too.
@@ -35,6 +35,9 @@ SILENCE_SECONDS = 60
 
 FREEZE_SECONDS = 60
 """No file system stays frozen longer than this."""
+
+ACT_SECONDS = 900
+"""How long one act may last: on a busy server ``sync`` alone takes minutes. While it lasts the guard hears no beat and expects none."""
 
 _ANSWER_SECONDS = 180.0
 _NAME = re.compile(r"p2v-[0-9a-f]{8}-\d{1,4}")
@@ -77,14 +80,15 @@ remove() {
   say "removed $1"
 }
 monitor() {
-  trap 'BEAT=1' USR1
+  trap 'BEAT=1 LIMIT=@SILENCE@' USR1
+  trap 'BEAT=1 LIMIT=@ACT@' USR2
   trap 'kill $NAP 2>/dev/null; exit 0' TERM
   trap '' HUP INT PIPE
-  quiet=0 BEAT=
+  quiet=0 BEAT= LIMIT=@SILENCE@
   while kill -0 "$1" 2>/dev/null; do
     nap 5
     if [ -n "$BEAT" ]; then BEAT=; quiet=0; kill "$NAP" 2>/dev/null; else quiet=$((quiet+5)); fi
-    if [ $quiet -ge @SILENCE@ ] || ! kill -0 $$ 2>/dev/null; then kill -KILL "$1" 2>/dev/null; fi
+    if [ $quiet -ge $LIMIT ] || ! kill -0 $$ 2>/dev/null; then kill -KILL "$1" 2>/dev/null; fi
   done
 }
 timer() {
@@ -124,13 +128,14 @@ status() { for i in @SNAPSHOT_NUMBERS@; do plan_of "$i"; say "state $i" $(dmsetu
 main() {
   exec 5>&1
   self
+  trap '' USR1 USR2  # a monitor that has not set its traps yet must not die of a beat
   MAIN=$SELF TIMER=
   monitor "$MAIN" >/dev/null 2>&1 3>&- 5>&- </dev/null & MONITOR=$!
   say ready
   while read -r command; do
     kill -USR1 "$MONITOR" 2>/dev/null
     case $command in
-      freeze|snapshot|thaw|sync) $command; say "done $command $?";;
+      freeze|snapshot|thaw|sync) kill -USR2 "$MONITOR" 2>/dev/null; $command; say "done $command $?";;
       beat) status; say "done beat 0";;
       end) break;;
     esac
@@ -191,6 +196,7 @@ def script(
     *,
     silence: int = SILENCE_SECONDS,
     freeze: int = FREEZE_SECONDS,
+    act: int = ACT_SECONDS,
 ) -> str:
     """The guard for these file systems and snapshots, as shell text."""
     for plan in snapshots:
@@ -209,6 +215,7 @@ def script(
         "SNAPSHOT_NUMBERS": " ".join(str(n) for n in range(len(snapshots))),
         "SILENCE": str(silence),
         "FREEZE": str(freeze),
+        "ACT": str(act),
         "TRIES": str(2 * silence),
     }
     return re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], _SCRIPT)
@@ -254,7 +261,7 @@ class Guard:
     ) -> Guard:
         """Start a guard for ``mounts`` and ``snapshots``; nothing is frozen or made yet."""
         text = script(mounts, snapshots, silence=silence, freeze=freeze)
-        process = session.start(["sh", "-c", text, f"p2v-guard-{run}"], root=True, silence=_ANSWER_SECONDS)
+        process = session.start(["sh", "-c", text, f"p2v-guard-{run}"], root=True, silence=ACT_SECONDS)
         guard = cls(process, session.host, snapshots, silence=silence, lost=lost)
         try:
             guard._expect("ready")

@@ -82,12 +82,19 @@ class SshOrigin:
     def _capture(self, machine: Machine, stack: contextlib.ExitStack) -> SshCapture:
         session = self.session
         notices: list[Notice] = []
-        opener = self._opener(session, stack, notices)
+
+        def tell(notice: Notice) -> None:  # at once, also while the disks are read
+            if notice not in notices:
+                notices.append(notice)
+                self._notice(notice)
+
+        opener = self._opener(session, stack, tell)
         live = {disk.id: self._open(disk, opener, stack) for disk in consistency.captured(machine)[0]}
         labels = _labels(machine, live)
         run = new_run()
         plan = consistency.plan(machine, labels, run)
-        notices += plan.notices
+        for notice in plan.notices:
+            tell(notice)
         staging = Staging(plan, live, labels)
         stack.callback(staging.close)
         keeper, snapshots = None, dict[tuple[str, str], BlockSource]()
@@ -111,7 +118,8 @@ class SshOrigin:
                 source = Watched(opener(item.path), keeper, list(live.values()))
                 stack.callback(source.close)
                 snapshots[item.group, item.volume] = source
-            notices += _apart(plan, apart)
+            for notice in _apart(plan, apart):
+                tell(notice)
         else:
             staging.before_snapshots()
         levels = {p.disk.id: p.consistency for p in plan.disks}
@@ -119,17 +127,15 @@ class SshOrigin:
             key: CapturedDisk(source=source, mark=None, consistency=levels[key])
             for key, source in staging.compose(snapshots).items()
         }
-        for notice in notices:
-            self._notice(notice)
         return SshCapture(machine, disks, notices, guard=keeper, stack=stack.pop_all(), report=self._notice)
 
-    def _opener(self, session: Session, stack: contextlib.ExitStack, notices: list[Notice]) -> Opener:
+    def _opener(self, session: Session, stack: contextlib.ExitStack, tell: Callable[[Notice], None]) -> Opener:
         """What opens a device of the host: the agent, or dd where there is no Python."""
         try:
-            agent = stack.enter_context(Agent.start(session, root=True))
+            agent = stack.enter_context(Agent.start(session, root=True, report=tell))
         except PythonMissingError as error:
-            notices.append(Notice(code="no-python", message=error.message, advice=error.advice))
-            return lambda path: DdDisk(session, path)
+            tell(Notice(code="no-python", message=error.message, advice=error.advice))
+            return lambda path: DdDisk(session, path, report=tell)
         return agent.disk
 
     def _open(self, disk: Disk, opener: Opener, stack: contextlib.ExitStack) -> BlockSource:

@@ -249,9 +249,7 @@ class Session:
         """
         from p2v.session.login import log_in
 
-        logging.getLogger(
-            "paramiko"
-        ).propagate = False  # its tracebacks are not for users; its exceptions are translated
+        _quiet()
         endpoint = resolve(target)
         return cls(endpoint, log_in(endpoint))
 

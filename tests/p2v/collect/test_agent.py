@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formats.block import BlockSource, Extent, Kind
-from formats.errors import ReadError
+from formats.errors import Notice, ReadError
 from p2v.collect import remote_agent
 from p2v.collect.agent import Agent
 from p2v.collect.blockdev import DdDisk, RemoteDisk
@@ -378,7 +378,6 @@ class TestDevice:
             assert read(disk, MIB, 7) == b"changed"
             assert list(disk.extents(5, 100)) == [Extent(5, 100, Kind.DATA)]
             disk.close()
-        assert not agent.notices
 
     def test_dd_reads_it_as_well(self, session: Session, folder: Path) -> None:
         path = folder / "disk"
@@ -402,11 +401,12 @@ class TestDevice:
         )
         assert broken != script
         monkeypatch.setattr("p2v.collect.agent._script", broken.encode)
-        with loop_device(path) as device, Agent.start(session, channels=1) as made:
+        told: list[Notice] = []
+        with loop_device(path) as device, Agent.start(session, channels=1, report=told.append) as made:
             disk = made.disk(device)
             assert whole(disk) == path.read_bytes()
             assert not disk.direct
-            assert [notice.code for notice in made.notices] == ["buffered-read"]
+            assert [notice.code for notice in told] == ["buffered-read"]
             disk.close()
 
 

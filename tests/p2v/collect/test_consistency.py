@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -178,6 +180,29 @@ def test_the_guard_is_posix_shell_and_quotes_mount_points(shell: str, mounts: tu
     except FileNotFoundError:
         pytest.skip(f"not installed: {shell}")
     assert shown == (mounts[1] if mounts else "") + " vg root p2v-01234567-0 vg-p2v--01234567--0 7"
+
+
+@pytest.mark.parametrize(("act", "ends"), [(60, "done sync 0"), (5, "bye")])
+def test_an_act_may_last_longer_than_the_silence_but_not_for_ever(tmp_path: Path, act: int, ends: str) -> None:
+    """On a busy server ``sync`` takes minutes, and the collector cannot be heard meanwhile; one that hangs must not hold the guard."""
+    slow = tmp_path / "sync"
+    slow.write_text("#!/bin/sh\nsleep 17\n")
+    slow.chmod(0o755)
+    guard = subprocess.Popen(
+        ["sh", "-c", script([], [], silence=5, act=act), "p2v-guard-01234567"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert guard.stdin is not None and guard.stdout is not None
+    with guard:
+        assert guard.stdout.readline() == "ready\n"
+        guard.stdin.write("sync\n")
+        guard.stdin.flush()
+        assert guard.stdout.readline() == ends + "\n"
+        if ends != "bye":  # the collector says nothing from here on
+            assert guard.stdout.readline() == "bye\n"
 
 
 @pytest.mark.parametrize("name", ["a b", "$(x)", "", "-x", "a;b", "a'b"])
