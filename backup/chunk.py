@@ -1,0 +1,55 @@
+"""Where a disk is cut into chunks: the ``Chunker`` interface, and the fixed grid.
+
+The engine gives a chunker one run of a disk at a time: a run begins at a chunk's start, lies within one span of the manifest
+(``backup.manifest.SPAN``) and is never longer than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+GRAIN = 4096
+"""Every cut is a multiple of this many bytes, except the end of the disk."""
+
+TARGET = 64 * 1024
+"""Bytes that a chunk has as a rule."""
+
+
+class Chunker(Protocol):
+    """Decides the ends of chunks.
+
+    ``name`` is stored with the point. A chunk has ``minimum`` to ``maximum`` bytes, except the last of a run, which may be shorter. A cut depends on no
+    bytes further than ``lookback`` before it: after a change, cuts behind it fall where they fell before as soon as one of them coincides.
+    Equal bytes from the start of a run give equal cuts; instances are safe from several threads.
+    """
+
+    name: str
+    minimum: int
+    maximum: int
+    lookback: int
+
+    def cuts(self, data: memoryview, *, final: bool) -> Iterator[int]:
+        """The ends of chunks in ``data``, ascending, relative to it. With ``final`` the last one is ``len(data)``; without, what lies behind
+        the last cut belongs to a chunk whose end is not in sight yet. All are multiples of ``GRAIN``, but for a final one.
+        """
+        ...
+
+
+class FixedGrid:
+    """Chunks of one length: best for disks that are changed in place."""
+
+    lookback = 0
+
+    def __init__(self, size: int = TARGET) -> None:
+        if size % GRAIN or size <= 0:
+            raise ValueError(f"the grid of {size} bytes is no multiple of {GRAIN}")
+        self.name = f"fixed-{size}"
+        self.minimum = self.maximum = size
+
+    def cuts(self, data: memoryview, *, final: bool) -> Iterator[int]:
+        """Every ``size`` bytes."""
+        size, end = self.maximum, len(data)
+        yield from range(size, end + 1, size)
+        if final and end % size:
+            yield end
