@@ -19,7 +19,8 @@ TARGET = 64 * 1024
 class Chunker(Protocol):
     """Decides the ends of chunks.
 
-    ``name`` is stored with the point. A chunk has ``minimum`` to ``maximum`` bytes, except the last of a run, which may be shorter. A cut depends on no
+    ``name`` is stored with the point. A chunk has ``minimum`` to ``maximum`` bytes, except the last of a run, which may be
+    shorter. A cut depends on no
     bytes further than ``lookback`` before it: after a change, cuts behind it fall where they fell before as soon as one of them coincides.
     Equal bytes from the start of a run give equal cuts; instances are safe from several threads.
     """
@@ -30,7 +31,8 @@ class Chunker(Protocol):
     lookback: int
 
     def cuts(self, data: memoryview, *, final: bool) -> Iterator[int]:
-        """The ends of chunks in ``data``, ascending, relative to it. With ``final`` the last one is ``len(data)``; without, what lies behind
+        """The ends of chunks in ``data``, ascending, relative to it. With ``final`` the last one is ``len(data)``; without, what
+        lies behind
         the last cut belongs to a chunk whose end is not in sight yet. All are multiples of ``GRAIN``, but for a final one.
         """
         ...

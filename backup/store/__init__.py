@@ -1,0 +1,1 @@
+"""Where objects lie: the ``Store`` waist, its implementations and the layers around them."""
