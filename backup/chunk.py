@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
+from backup.errors import RepositoryUnsupportedError
+
 GRAIN = 4096
 """Every cut is a multiple of this many bytes, except the end of the disk."""
 
@@ -55,3 +57,13 @@ class FixedGrid:
         yield from range(size, end + 1, size)
         if final and end % size:
             yield end
+
+
+def chunker_named(name: str) -> Chunker:
+    """The chunker that ``name`` stands for. ``RepositoryUnsupportedError`` when this program does not know it."""
+    kind, _, number = name.partition("-")
+    if kind == "fixed" and number.isdigit() and int(number) % GRAIN == 0 and 0 < int(number) <= 4 << 20:
+        return FixedGrid(int(number))
+    raise RepositoryUnsupportedError(
+        f"there is no way to cut disks called {name!r}", advice="fixed-65536 is the usual one."
+    )

@@ -167,11 +167,7 @@ class Repository:
         ``RepositoryMissingError``, ``WrongPasswordError``, ``RepositoryUnsupportedError``, or ``ObjectDamagedError`` when the
         config is not the key's.
         """
-        try:
-            content = store.load("config")
-        except ObjectMissingError:
-            raise RepositoryMissingError("there is no repository", advice="Make one with `p2v-backup init`.") from None
-        config = _decode_config(content)
+        config = cls.require(store)
         keyring = from_paper(password.reveal()) or _unlock(store, config, password)
         if keyring.mac(config.stated) != config.mac:
             raise ObjectDamagedError(
@@ -180,6 +176,14 @@ class Repository:
                 subject="config",
             )
         return cls(store, keyring, config, level=level, cache=cache)
+
+    @staticmethod
+    def require(store: Store) -> Config:
+        """The config, not yet shown to be the key's; ``RepositoryMissingError`` where there is none."""
+        try:
+            return _decode_config(store.load("config"))
+        except ObjectMissingError:
+            raise RepositoryMissingError("there is no repository", advice="Make one with `p2v-backup init`.") from None
 
     def close(self) -> None:
         """Unmap the index; the store stays the caller's."""

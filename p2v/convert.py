@@ -34,7 +34,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the user asked for; texts as on the command line. ``boot_timeout`` is seconds, 0 the default."""
+    """What the user asked for; texts as on the command line. ``boot_timeout`` is seconds, 0 the default.
+
+    ``restore``: the source is a restore point; that it was not seen to boot is then no notice.
+    """
 
     platform: str
     destination: Path
@@ -45,6 +48,7 @@ class Request:
     adapt: bool = True
     adapt_only: tuple[str, ...] = ()
     dry_run: bool = False
+    restore: bool = False
 
     def __post_init__(self) -> None:
         if self.boot_check not in BOOT_CHECKS:
@@ -153,7 +157,7 @@ class Conversion:
                 verdict = self._prove(view, machine, kernel, emission)
                 self._copy(view, sources, emission)
         self._verify(emission)
-        if verdict is None:
+        if verdict is None and not self._request.restore:
             console.notice(
                 Notice(
                     code="boot-unchecked",

@@ -1,0 +1,116 @@
+"""A point as what the rest of the toolkit takes: an origin for a conversion, a device, an NBD server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from backup.reader import StoredCapture
+from backup.repository import Point, Repository
+from formats.block import BlockSink, BlockSource, Extent, data_bytes
+from formats.capture import Mark
+from formats.errors import UsageError
+from formats.images import create_sink
+from formats.layers import Cached
+from formats.machine import Machine
+from formats.nbd import NbdServer
+from formats.overlay import Overlay
+from formats.progress import Progress
+from formats.transfer import Transferred, copy
+from p2v.plan import disks_of
+
+_CACHE = 64 << 20  # bytes of a served disk that are kept: a booting guest reads many blocks more than once
+
+
+class PointOrigin:
+    """A point as an origin. ``holes`` takes, by disk id, what could not be had; without it damage is an error."""
+
+    def __init__(
+        self, repository: Repository, point: Point, *, holes: Mapping[str, list[Extent]] | None = None
+    ) -> None:
+        self.session: None = None  # a machine at rest cannot be asked
+        self._repository, self._point, self._holes = repository, point, holes
+
+    def inspect(self) -> Machine:
+        """The machine as it was."""
+        return self._point.machine
+
+    def capture(self, since: Mapping[str, Mark] | None = None) -> StoredCapture:  # noqa: ARG002 - a point has no marks
+        """The point's disks."""
+        return StoredCapture(self._repository, self._point, holes=self._holes)
+
+    def retire(self, marks: Sequence[Mark]) -> None:
+        """Nothing: a point has no marks."""
+
+    def cleanup(self) -> list[str]:
+        """Nothing is ever left."""
+        return []
+
+
+def no_holes(point: Point) -> dict[str, list[Extent]]:
+    """Where a salvaging capture notes what it could not read."""
+    return {disk.id: [] for disk in point.disks}
+
+
+def disk_number(point: Point, number: int) -> str:
+    """The id of the point's disk ``number``, the boot disk being 0. ``UsageError`` when there is none."""
+    order = [disk.id for disk in disks_of(point.machine)]
+    ids = sorted((disk.id for disk in point.disks), key=lambda disk: order.index(disk) if disk in order else len(order))
+    if not 0 <= number < len(ids):
+        raise UsageError(f"the point has {len(ids)} disks, counted from 0", advice="See `p2v-backup show`.")
+    return ids[number]
+
+
+def restore_disk(source: BlockSource, device: Path, progress: Progress) -> Transferred:
+    """Write a disk over a block device, or to a new file, sparsely.
+
+    A file is written beside its place and named last. ``UsageError`` for a file that exists or a device that is too small.
+    """
+    try:
+        mode = device.stat().st_mode
+    except FileNotFoundError:
+        mode = 0
+    if mode and not stat.S_ISBLK(mode):
+        raise UsageError(f"{device} is there already and no block device", advice="Name a device, or a new file.")
+    target = device if mode else device.with_name(f".{device.name}.part")
+    try:
+        sink: BlockSink = create_sink(target, "raw", source.size)
+        with contextlib.closing(sink):
+            done = copy(source, sink, progress=progress, total=data_bytes(source))
+            sink.flush()
+        if target is not device:
+            os.link(target, device)
+            folder = os.open(device.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    finally:
+        if target is not device:
+            target.unlink(missing_ok=True)
+    return done
+
+
+@contextlib.contextmanager
+def serving(
+    capture: StoredCapture, *, socket: Path | None = None, port: int | None = None, writable: bool = False
+) -> Iterator[tuple[NbdServer, list[str]]]:
+    """Serve the disks of a point over NBD: the server and the addresses, the boot disk first.
+
+    With ``writable`` each takes writes into memory, for as long as it is served; the point never changes.
+    """
+    ids = [disk_number(capture.point, number) for number in range(len(capture.point.disks))]
+    exports: dict[str, BlockSource] = {}
+    overlays: dict[str, BlockSink] = {}
+    for number, disk_id in enumerate(ids):
+        below: BlockSource = Cached(capture.disks[disk_id].source, limit=_CACHE)
+        if writable:
+            overlay = Overlay(below)
+            exports[str(number)], overlays[str(number)] = overlay, overlay
+        else:
+            exports[str(number)] = below
+    with NbdServer(exports, socket=socket, port=port, sinks=overlays) as server:
+        yield server, [server.uri(str(number)) for number in range(len(ids))]
