@@ -57,10 +57,14 @@ class Config:
     features: tuple[str, ...] = ()
     mac: str = ""
 
+    def encode(self) -> bytes:
+        """The object, in the only form that is accepted."""
+        return msgspec.json.encode(self) + b"\n"
+
     @property
     def stated(self) -> bytes:
         """What the MAC covers."""
-        return "\0".join([self.id, str(self.version), ",".join(self.features), self.chunker]).encode()
+        return "\0".join([self.id, str(self.version), ",".join(self.features), self.chunker, self.created]).encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +161,7 @@ class Repository:
         config = replace(blank, mac=keyring.mac(blank.stated))
         made = cls(store, keyring, config, level=level)
         made.add_key(password, label="first", kdf=kdf)
-        store.store("config", [msgspec.json.encode(config) + b"\n"])
+        store.store("config", [config.encode()])
         return made
 
     @classmethod
@@ -409,6 +413,10 @@ def _decode_config(content: bytes) -> Config:
     if config.format != _FORMAT or config.version != _VERSION or unknown:
         what = f"features {', '.join(sorted(unknown))}" if unknown else f"{config.format!r}, version {config.version}"
         raise RepositoryUnsupportedError(f"the repository is of {what}", advice="Use a later version of the toolkit.")
+    if config.encode() != content:
+        raise ObjectDamagedError(
+            "the repository's config is damaged", advice="Put back a copy of the object `config`.", subject="config"
+        )
     return config
 
 
