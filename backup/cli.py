@@ -557,6 +557,27 @@ def _prune(console: Console, repository: Repository, *, dry_run: bool) -> None:
         console.say(f"the deletion waits for: {', '.join(result.waiting)}")
 
 
+@app.command(name="repair-index")
+def repair_index_(*, place: Place = _PLACE, output: Output = _OUTPUT) -> int:
+    """Make the index anew from the packs: after an index object was damaged or lost."""
+
+    def action(console: Console) -> None:
+        from backup.place import open_repository
+        from backup.repair import repair_index
+
+        with open_repository(place.repo) as repository, console.stage("repair index") as stage:
+            result = repair_index(repository.store, time=_now(), progress=console.progress("walk packs"))
+            stage.detail = f"{result.blobs} blobs in {result.packs} packs"
+        console.data["repaired"] = record(result)
+        console.say(stage.detail)
+        for name in result.damaged:
+            console.notice(
+                Notice(code="pack-damaged", message="its bytes are not those that were stored", subject=name)
+            )
+
+    return perform("repair-index", output, action)
+
+
 @app.command
 def unlock(*, place: Place = _PLACE, output: Output = _OUTPUT) -> int:
     """Remove all leases and locks, those of living runs too: a backup that runs notices it and commits nothing."""
