@@ -10,7 +10,7 @@ import msgspec
 
 from backup.errors import ObjectDamagedError, ObjectMissingError, RepositoryError
 from backup.index import Index, Segment
-from backup.keys import PAGE, RECORD, decode_key, digest_name
+from backup.keys import CHUNK, PAGE, RECORD, decode_key, digest_name
 from backup.manifest import FAN, NOTHING, SPAN, Tree, decode_inner, decode_leaf, span_length
 from backup.pack import HEAD, Place, pack_digest, pack_name, scan
 from backup.prune import condemned_packs
@@ -65,6 +65,7 @@ class Check:
         self._read_data, self._progress = read_data, progress or Silence()
         self.result = Checked()
         self._bad: set[bytes] = set()  # blobs that are damaged wherever they lie, or nowhere
+        self._doubtful = False  # a segment is damaged: what the index says is believed only when it was read
         self._sizes: dict[bytes, int] = {}  # of the packs that are there
 
     def run(self) -> Checked:
@@ -132,9 +133,10 @@ class Check:
         segments: list[Segment] = []
         for stored in self._store.list("index/"):
             try:
-                self._named(stored.name)
                 segments.append(self._repository.open_segment(stored.name))
+                self._named(stored.name)
             except RepositoryError as error:
+                self._doubtful = True
                 self.result.add(stored.name, error.message)
         return Index(segments)
 
@@ -172,7 +174,7 @@ class Check:
         self._progress.finish()
         if broken:
             for blob_id, place in index.entries():
-                if place.pack in broken:
+                if place.pack in broken and place.end <= len(broken[place.pack]):
                     self._open(blob_id, place, broken[place.pack])
 
     def _open(self, blob_id: bytes, place: Place, content: bytes) -> None:
@@ -190,16 +192,16 @@ class Check:
         """The ranges of a disk that cannot be restored, ascending."""
         yield from self._below(tree, tree.root, 0, index)
 
-    def _there(self, blob_id: bytes, index: Index) -> bool:
+    def _there(self, blob_id: bytes, kind: int, index: Index) -> bool:
         places = [place for place in index.places(blob_id) if self._sizes.get(place.pack, -1) >= place.end]
-        if blob_id not in self._bad:
+        if blob_id not in self._bad and not self._doubtful:
             return bool(places)
-        return any(self._readable(blob_id, place) for place in places)
+        return any(self._readable(blob_id, kind, place) for place in places)
 
-    def _readable(self, blob_id: bytes, place: Place) -> bool:
+    def _readable(self, blob_id: bytes, kind: int, place: Place) -> bool:
         try:
             data = self._store.load(pack_name(place.pack), place.offset, HEAD + place.sealed)
-            self._repository.codec.decode(blob_id, place.kind, data)
+            self._repository.codec.decode(blob_id, kind, data)
         except RepositoryError:
             return False
         return True
@@ -212,7 +214,7 @@ class Check:
         start = number * reach
         length = min(reach, tree.size - start)
         try:
-            if not self._there(page, index):
+            if not self._there(page, PAGE, index):
                 raise ObjectMissingError("a page is missing")
             content = self._repository.blob(page, PAGE)
             if level:
@@ -225,7 +227,7 @@ class Check:
             return
         position = start
         for entry in entries:
-            if entry.id is not None and not self._there(entry.id, index):
+            if entry.id is not None and not self._there(entry.id, CHUNK, index):
                 yield Extent(position, entry.length, Kind.HOLE)
             position += entry.length
 

@@ -88,7 +88,10 @@ def condemned_packs(store: Store) -> set[bytes]:
     packs: set[bytes] = set()
     for stored in store.list(CONDEMNED):
         try:
-            found = msgspec.json.decode(store.load(stored.name), type=Condemnation)
+            content = store.load(stored.name)
+            if CONDEMNED + digest_name(content) != stored.name:
+                raise ValueError("not what was stored under this name")
+            found = msgspec.json.decode(content, type=Condemnation)
             packs.update(map(bytes.fromhex, found.packs))
         except ObjectMissingError:
             continue  # that prune has ended
@@ -161,6 +164,23 @@ def _mark_tree(repository: Repository, tree: Tree, marks: _Marks) -> None:
                 marks.visit(entry.id)
 
 
+def _spared(marks: _Marks, index: Index) -> set[bytes]:
+    """The condemned packs that hold needed blobs which lie nowhere else.
+
+    ``ObjectMissingError`` for a needed blob that the index does not know: its pack may be there, and look like waste.
+    """
+    packs: set[bytes] = set()
+    for blob_id in marks.lost:
+        places = [place.pack for place in index.places(blob_id)]
+        if not places:
+            raise ObjectMissingError(
+                f"the index does not know the blob {blob_id.hex()[:16]}, which a point needs; nothing was deleted",
+                advice="Run `p2v-backup repair-index`, then `p2v-backup check`. Forget the points that it says are hurt.",
+            )
+        packs.update(places)
+    return packs
+
+
 class Prune:
     """One prune. ``between`` is called with the name of each step before it, so that tests can interleave other runs."""
 
@@ -201,10 +221,10 @@ class Prune:
         points = [repository.point(name) for name in repository.point_names()]
         self._between("index")
         repository.refresh()
-        index = repository.load_index(shunned=shunned)
+        index = repository.load_index(shunned=shunned, strict=True)
         sizes = {pack_digest(stored.name): stored.size for stored in self._store.list("packs/")}
         marks = mark(repository, points, index)
-        # What is only in condemned packs is spared in P6; what is nowhere is damage that `check` names.
+        _spared(marks, index)  # what lies in condemned packs alone is spared in P6
         result = Pruned(packs=len(sizes), needed=sum(marks.bytes.values()))
         result.waste = sum(sizes.values()) - result.needed
         waste = {digest for digest in sizes if digest not in marks.bytes and digest not in shunned}
@@ -306,10 +326,9 @@ class Prune:
             return
         old = [stored.name for stored in store.list("index/")]
         repository.refresh()
-        index = repository.load_index(shunned=frozenset(condemned))
+        index = repository.load_index(shunned=frozenset(condemned), strict=True)
         marks = mark(repository, points, index)
-        spared = {place.pack for blob_id in marks.lost for place in index.places(blob_id)}
-        doomed = condemned - spared
+        doomed = condemned - _spared(marks, index)
         self._between("write index")
         kept = self._write_index(index, doomed)
         for name in old:

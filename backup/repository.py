@@ -288,12 +288,26 @@ class Repository:
         with self._lock:
             self._index = None  # mapped segments may still be read by other threads: they go with their last user
 
-    def load_index(self, *, shunned: frozenset[bytes] = frozenset()) -> Index:
-        """Open every segment. A segment that is merged away meanwhile makes it look again."""
+    def load_index(self, *, shunned: frozenset[bytes] = frozenset(), strict: bool = False) -> Index:
+        """Open every segment. A segment that is merged away meanwhile makes it look again.
+
+        A segment whose tables are broken is left out: what it alone knows is missing then. ``strict``: every segment is hashed,
+        and damage raises: who deletes must know all.
+        """
         for _ in range(8):
-            names = [stored.name for stored in self.store.list("index/")]
+            segments: list[Segment] = []
             with contextlib.suppress(ObjectMissingError):
-                return Index([self.open_segment(name) for name in names], shunned=shunned)
+                for stored in list(self.store.list("index/")):
+                    if strict and digest_name(self.store.load(stored.name)) != stored.name.partition("/")[2]:
+                        raise ObjectDamagedError(
+                            f"{stored.name} is damaged", advice="Run `p2v-backup repair-index`.", subject=stored.name
+                        )
+                    try:
+                        segments.append(self.open_segment(stored.name))
+                    except ObjectDamagedError:
+                        if strict:
+                            raise
+                return Index(segments, shunned=shunned)
         raise RepositoryError("the index changes faster than it can be read", advice="Try again.")
 
     def open_segment(self, name: str) -> Segment:
