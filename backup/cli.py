@@ -44,7 +44,7 @@ class Place:
     """Which repository. Its password comes from P2V_PASSWORD (or _FILE, _COMMAND), else the terminal is asked."""
 
     repo: Annotated[str, Parameter(alias="-r")] = ""
-    "The repository: a directory. Default: P2V_REPOSITORY."
+    "The repository: a directory, or sftp://USER@HOST:PORT/FOLDER. Default: P2V_REPOSITORY."
 
 
 _OUTPUT = Output()

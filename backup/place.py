@@ -18,17 +18,24 @@ from p2v.config import Secret, secret
 VARIABLE = "P2V_REPOSITORY"
 
 
-def open_store(place: str, *, make: bool = False) -> Store:
-    """The store at ``place`` (empty: what ``P2V_REPOSITORY`` says). With ``make`` its folder is made.
+def open_store(
+    place: str, *, make: bool = False, identity: Path | None = None, known_hosts: Path | None = None
+) -> Store:
+    """The store at ``place`` (empty: what ``P2V_REPOSITORY`` says): a directory, or ``sftp://USER@HOST:PORT/FOLDER``. With ``make`` its
+    folder is made. ``identity`` and ``known_hosts`` are for SFTP, instead of what SSH's own configuration says.
 
     ``UsageError`` when nothing is named, ``RepositoryMissingError`` when there is nothing.
     """
     named = place or os.environ.get(VARIABLE, "")
     if not named:
         raise UsageError("no repository is named", advice=f"Give -r/--repo, or set {VARIABLE}.")
+    if named.startswith("sftp://"):
+        return _over_sftp(named, make, identity, known_hosts)
     if "://" in named:
         scheme = named.split(":", 1)[0]
-        raise UsageError(f"repositories cannot lie on {scheme} yet", advice="Name a directory.")
+        raise UsageError(
+            f"repositories cannot lie on {scheme} yet", advice="Name a directory, or sftp://USER@HOST/FOLDER."
+        )
     root = Path(named)
     try:
         if make:
@@ -40,6 +47,39 @@ def open_store(place: str, *, make: bool = False) -> Store:
     except OSError as error:
         raise UsageError(f"{root} cannot be used: {error.strerror}", advice="Choose another place.") from None
     return LocalStore(root)
+
+
+def _over_sftp(named: str, make: bool, identity: Path | None, known_hosts: Path | None) -> Store:
+    from backup.store.sftp import SftpStore
+    from p2v.session import Session, SshTarget
+    from p2v.session.sftp import RemoteFiles
+
+    host, slash, folder = named.removeprefix("sftp://").partition("/")
+    if not slash or not folder.strip("/") or ":" in host.rpartition("@")[0]:
+        raise UsageError(
+            "an SFTP repository is named sftp://USER@HOST:PORT/FOLDER",
+            advice="The password comes from P2V_SSH_PASSWORD, or from a key of SSH's own configuration.",
+        )
+    target = SshTarget.parse(
+        f"ssh://{host}", identity=identity, known_hosts=known_hosts, password=secret("P2V_SSH_PASSWORD")
+    )
+    session = Session.connect(target)
+    root = f"/{folder}".rstrip("/")
+    try:
+        files = RemoteFiles(session)
+        if make:
+            files.make_folder(root)
+        next(files.list_folder(root), None)
+        files.close()
+    except FileNotFoundError:
+        session.close()
+        raise RepositoryMissingError(
+            f"there is no repository at {named}", advice="Make one with `p2v-backup init`.", subject=named
+        ) from None
+    except OSError as error:
+        session.close()
+        raise UsageError(f"{named} cannot be used: {error}", advice="Choose another folder.") from None
+    return SftpStore(session, root)
 
 
 def password(

@@ -379,6 +379,10 @@ class Session:
                 self._lanes[lane] = log_in(self._endpoint)
             return self._lanes[lane]
 
+    def transport(self) -> paramiko.Transport:
+        """The connection, for the other protocols of this package; it stays the session's."""
+        return self._lane(0)
+
     def _root(self) -> _Way:
         with self._root_lock:
             if self._sudo is None:
