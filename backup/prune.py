@@ -54,8 +54,9 @@ from backup.keys import PAGE, digest_name
 from backup.lock import LEASES, exclusive, remove_dead
 from backup.manifest import FAN, NOTHING, Tree, decode_inner, decode_leaf, span_length
 from backup.pack import HEAD, Blob, Packer, Place, pack_digest, pack_name
-from backup.repository import Point, Repository
+from backup.repository import RESERVE, Point, Repository, keep_reserve
 from backup.store.base import NameTakenError, Store
+from formats.errors import NoSpaceError
 
 CONDEMNED = "condemned/"
 _WASTE = 0.2  # a pack with more waste than this share is written anew
@@ -200,10 +201,21 @@ class Prune:
         if self._dry_run:
             return self._mark()[0]
         self._between("lock")
+        self._store.delete(RESERVE)  # on a full disk, the room for what a prune has to write before it can free any
+        try:
+            return self._locked()
+        finally:
+            with suppress(NoSpaceError, NameTakenError):
+                keep_reserve(self._store)
+
+    def _locked(self) -> Pruned:
         with exclusive(self._store, "prune", self._time):
             result, waste, repack = self._mark()
             self._between("repack")
-            self._repack(repack, result)
+            try:
+                self._repack(repack, result)
+            except NoSpaceError:
+                repack.clear()  # what was copied is waste now; delete what is nothing but waste, and there is room the next time
             self._between("condemn")
             self._condemn({*waste, *repack}, result)
             self._between("quiet")
@@ -330,23 +342,30 @@ class Prune:
         marks = mark(repository, points, index)
         doomed = condemned - _spared(marks, index)
         self._between("write index")
-        kept = self._write_index(index, doomed)
+        try:
+            kept = self._write_index(index, doomed)
+        except NoSpaceError:
+            # The index may name packs that are gone while they are condemned: nobody relies on them.
+            self._delete(doomed, result)
+            kept = self._write_index(index, doomed)
         for name in old:
             if name not in kept:
                 self._between("drop index")
                 store.delete(name)
         index.close()
-        sizes = {pack_digest(stored.name): stored.size for stored in store.list("packs/")}
-        for digest in sorted(doomed):
-            if digest in sizes:
-                self._between("delete pack")
-                store.delete(pack_name(digest))
-                result.deleted_packs += 1
-                result.deleted_bytes += sizes[digest]
+        self._delete(doomed, result)
         for name in condemnations:
             self._between("delete condemnation")
             store.delete(name)
         repository.refresh()
+
+    def _delete(self, doomed: set[bytes], result: Pruned) -> None:
+        sizes = {pack_digest(stored.name): stored.size for stored in self._store.list("packs/")}
+        for digest in sorted(doomed & sizes.keys()):
+            self._between("delete pack")
+            self._store.delete(pack_name(digest))
+            result.deleted_packs += 1
+            result.deleted_bytes += sizes[digest]
 
     def _write_index(self, index: Index, doomed: set[bytes]) -> set[str]:
         """Merge all segments, without doomed packs, into segments of about ``MAX_ENTRIES``; returns their names."""

@@ -34,6 +34,10 @@ from formats.errors import Notice, UsageError
 from formats.machine import Machine
 from p2v.config import Secret
 
+RESERVE = "reserve"
+"""The object that a prune on a full disk deletes first, so that it has room for what it must write."""
+
+_RESERVE_SIZE = 256 * 1024
 _FORMAT, _VERSION = "p2v-repository", 1
 _FEATURES: frozenset[str] = frozenset()  # mandatory features that this program knows
 _PAGES = 4096  # pages kept in memory by one reader: 36 MiB
@@ -149,11 +153,12 @@ class Repository:
             try:
                 store.load("config")
             except ObjectMissingError:
-                # A killed `init` leaves keys and nothing else: they open nothing.
-                if any(not stored.name.startswith("keys/") for stored in store.list("")):
+                # A killed `init` leaves keys and the reserve, and nothing else: they open nothing.
+                left = [stored.name for stored in store.list("")]
+                if any(name != RESERVE and not name.startswith("keys/") for name in left):
                     raise UsageError("the place holds other objects", advice="Choose an empty one.") from None
-                for stored in list(store.list("keys/")):
-                    store.delete(stored.name)
+                for name in left:
+                    store.delete(name)
             else:
                 raise UsageError("there is a repository already", advice="Choose another place, or use it as it is.")
         keyring, identity, now = Keyring.generate(), secrets.token_hex(16), _now().isoformat(timespec="seconds")
@@ -161,6 +166,7 @@ class Repository:
         config = replace(blank, mac=keyring.mac(blank.stated))
         made = cls(store, keyring, config, level=level)
         made.add_key(password, label="first", kdf=kdf)
+        keep_reserve(store)
         store.store("config", [config.encode()])
         return made
 
@@ -405,6 +411,11 @@ class Repository:
     def tree(self, disk: PointDisk) -> Tree:
         """The manifest of a disk."""
         return Tree(disk.root_id, disk.size, self.page)
+
+
+def keep_reserve(store: Store) -> None:
+    """Put the object back that a prune on a full disk lives from."""
+    store.store(RESERVE, [os.urandom(_RESERVE_SIZE)])
 
 
 class _PointHead(msgspec.Struct):

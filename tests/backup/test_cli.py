@@ -245,3 +245,23 @@ def test_p10_a_full_disk_is_said_and_harms_nothing(
     shell("forget", "--keep-last", "1", "--prune", place=place)
     shell("restore", "latest", "--disk", "0", "--device", str(tmp_path / "out.raw"), place=place)
     assert (tmp_path / "out.raw").read_bytes() == image.read_bytes()
+
+
+def test_p10_on_a_disk_without_a_free_byte_room_can_be_made(
+    shell: Shell, small_filesystem: Path, tmp_path: Path
+) -> None:
+    shutil.move(tmp_path / "repository", small_filesystem / "repository")
+    place = small_filesystem / "repository"
+    disk = tmp_path / "small.raw"
+    for number in range(2):
+        disk.write_bytes(random.Random(number).randbytes(2 << 20))
+        shell("backup", str(disk), place=place)
+    shell("prune", place=place)
+    with contextlib.suppress(OSError), (small_filesystem / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    assert os.statvfs(small_filesystem).f_bavail == 0
+    shell("backup", str(disk), "--full", expect=13, place=place)
+    assert shell("forget", "--keep-last", "1", "--prune", place=place)["data"]["prune"]["deleted_bytes"] > 2 << 20
+    shell("backup", str(disk), place=place)
+    assert shell("check", "--read-data", place=place)["data"]["damages"] == []

@@ -202,6 +202,7 @@ def kinds(world: World) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for stored in world.store.list(""):
         found.setdefault(stored.name.split("/")[0], []).append(stored.name)
+    del found["reserve"]  # nothing
     return found
 
 
@@ -811,6 +812,18 @@ def test_p20_a_later_point_is_refused(world: World) -> None:
     later = repository.commit(replace(world.points[0], kind="files"))
     with pytest.raises(RepositoryUnsupportedError):
         repository.point(later.name)
+
+
+def test_p1_an_init_that_was_killed_can_be_done_again() -> None:
+    for after in range(4):
+        store = MemoryStore()
+        with suppress(Killed):
+            new_repository(killing(store, after))
+        if "config" not in store.objects:
+            with pytest.raises(RepositoryMissingError):
+                opened(store)
+            new_repository(store)
+        assert opened(store).points() == []
 
 
 def test_no_repository(world: World) -> None:
