@@ -20,8 +20,8 @@ _CONTEXT = "p2v-toolkit 2026 boundaries of chunks, version 1"
 class Chunker(Protocol):
     """Decides the ends of chunks.
 
-    ``name`` is stored with the point: equal names (and keys) cut equally. A chunk has at most ``maximum`` bytes, and at least ``minimum``
-    unless zeroes or the end of the run follow it.
+    ``name`` is stored with the point: equal names (and keys) cut equally. A chunk has at most ``maximum`` bytes; one of data has at least
+    ``minimum`` unless zeroes or the end follow it.
 
     Where a chunk ends follows from the bytes between its start and ``lookahead`` bytes behind its end, and from nothing else. So cutting
     can begin anew at any cut, equal bytes from a cut on are cut equally, and `recut` gives what cutting the whole disk gives.

@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from pathlib import Path
 import blake3
 import zstandard
 
-from backup.chunk import AlignedContent, Chunker, FixedGrid
+from backup.chunk import GRAIN, AlignedContent, Chunker, FixedGrid, cut, recut
 from scripts.bench import chunking_disks
 
 KEY = bytes(range(32))
@@ -96,9 +97,9 @@ def _cut(chunker: Chunker, disk: Path) -> Cut:
     return Cut(chunks=chunks, count=count, manifest=manifest)
 
 
-def _growth(disk: Path, cut: Cut, known: dict[bytes, tuple[int, int]]) -> Growth:
+def _growth(disk: Path, done: Cut, known: dict[bytes, tuple[int, int]]) -> Growth:
     compressor = zstandard.ZstdCompressor(level=LEVEL)
-    new = [place for name, place in cut.chunks.items() if name not in known]
+    new = [place for name, place in done.chunks.items() if name not in known]
     with disk.open("rb") as file:
         stored = sum(
             min(length, len(compressor.compress(os.pread(file.fileno(), length, start)))) for start, length in new
@@ -126,11 +127,57 @@ def _row(chunker: Chunker, disks: dict[str, Path]) -> str:
     first = _cut(chunker, disks["first"])
     cells = [chunker.name, f"{sum(place[1] for place in first.chunks.values()) / len(first.chunks) / KIB:.0f}"]
     for name, disk in disks.items():
-        cut = first if name == "first" else _cut(chunker, disk)
-        growth = _growth(disk, cut, {} if name == "first" else first.chunks)
+        done = first if name == "first" else _cut(chunker, disk)
+        growth = _growth(disk, done, {} if name == "first" else first.chunks)
         cells.append(f"{growth.plain / 1e6:.0f} / {growth.stored / 1e6:.1f} ({growth.chunks})")
     cells += [f"{first.count}", f"{first.manifest / 1e6:.2f}"]
     return " | ".join(cells)
+
+
+def _changed(one: Path, other: Path) -> list[tuple[int, int]]:
+    """The ranges of whole blocks in which two disks of one size differ."""
+    changed: list[tuple[int, int]] = []
+    with one.open("rb") as first, other.open("rb") as second:
+        for base in range(0, os.fstat(first.fileno()).st_size, SPAN):
+            old, new = first.read(SPAN), second.read(SPAN)
+            if old == new:
+                continue
+            for place in range(0, len(old), GRAIN):
+                if old[place : place + GRAIN] != new[place : place + GRAIN]:
+                    if changed and changed[-1][1] == base + place:
+                        changed[-1] = (changed[-1][0], base + place + GRAIN)
+                    else:
+                        changed.append((base + place, base + place + GRAIN))
+    return changed
+
+
+def _recut(chunker: Chunker, base: Path, disk: Path) -> str:
+    """Cut ``disk`` around what differs from ``base``; the result is compared with cutting all of it."""
+    changed = _changed(base, disk)
+
+    def all_cuts(path: Path) -> list[int]:
+        with path.open("rb") as file:
+            return list(cut(chunker, partial(_read, file.fileno()), 0, path.stat().st_size, step=SPAN))
+
+    old = all_cuts(base)
+    with disk.open("rb") as file:
+        begun = time.perf_counter()
+        pieces = list(recut(chunker, old, changed, partial(_read, file.fileno())))
+        seconds = time.perf_counter() - begun
+    merged, position = [], 0
+    for start, stop, ends in pieces:
+        low = bisect_right(old, start)
+        merged += [*old[position:low], *ends]
+        position = bisect_right(old, stop)
+    equal = [*merged, *old[position:]] == all_cuts(disk)
+    dirty, again = (
+        sum(end - start for start, end in runs) / 1e6 for runs in (changed, [piece[:2] for piece in pieces])
+    )
+    return f"{disk.stem} | {chunker.name} | {dirty:.0f} in {len(changed)} | {again:.0f} | {seconds:.2f} | {'yes' if equal else 'NO'}"
+
+
+def _read(descriptor: int, start: int, length: int) -> memoryview:
+    return memoryview(os.pread(descriptor, length, start))
 
 
 def _restic(disks: dict[str, Path], folder: Path) -> str:
@@ -181,7 +228,14 @@ def main() -> None:
         for row, speed in zip(pool.map(partial(_row, disks=disks), CHUNKERS), speeds, strict=True):
             print(f"| {row} | {speed:.0f} |", flush=True)
     if options.restic:
-        print(f"| {_restic(disks, options.folder)} | |")
+        print(f"| {_restic(disks, options.folder)} | |", flush=True)
+    print(
+        "\n| changed in place | chunker | MB changed, runs | MB cut anew | s | equals cutting all anew |\n|"
+        + " --- |" * 6
+    )
+    for name in ("day", "database", "update"):
+        for chunker in (FixedGrid(), AlignedContent(KEY)):
+            print(f"| {_recut(chunker, disks['first'], disks[name])} |", flush=True)
 
 
 if __name__ == "__main__":
