@@ -192,8 +192,8 @@ def recut(chunker: Chunker, old: Sequence[int], changed: Sequence[tuple[int, int
     Replacing the old cuts behind each piece's start up to its stop by its ends gives exactly what cutting the whole disk anew gives,
     provided that ``old`` was made so, by a chunker of the same name and key. A piece begins at the last old cut that no changed byte had
     part in, and stops at the first new cut behind a change that is an old one too: from there on the chunker decides as it did. Where
-    content has no anchors (the same block again and again), that may be as late as the next zeroes, or the end; where a change shortens or
-    lengthens a run of zeroes, it is as late as the end of that run, whose pieces move: the caller bounds it (spans) or reads holes as nothing.
+    content has no anchors (the same block again and again), that may be as late as the next zeroes, or the end. Where a change
+    shortens or lengthens a run of zeroes, its pieces move and it is as late as the end of the run: the caller bounds that by spans.
     Pieces come in order; the ends of one are held in memory.
     """
     starts = [0, *old[:-1]]
