@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import cyclopts
 from cyclopts import Parameter
 
+from backup.chunk import USUAL
 from formats.errors import Notice, UsageError
 from p2v.cli import Connection, Output
 from p2v.cli import _command as perform
@@ -76,13 +77,13 @@ def _now() -> str:
 
 
 @app.command
-def init(*, chunker: str = "fixed-65536", place: Place = _PLACE, output: Output = _OUTPUT) -> int:
+def init(*, chunker: str = USUAL, place: Place = _PLACE, output: Output = _OUTPUT) -> int:
     """Make a repository in an empty directory. Everything in it is encrypted: without a password or the paper key it is lost.
 
     Parameters
     ----------
     chunker
-        how disks are cut: fixed-65536.
+        how disks are cut: aligned-MINIMUM-USUAL-MAXIMUM follows content; fixed-SIZE is a grid, for disks that hold a data base alone.
     """
 
     def action(console: Console) -> None:
@@ -90,7 +91,7 @@ def init(*, chunker: str = "fixed-65536", place: Place = _PLACE, output: Output 
         from backup.place import open_store, password
         from backup.repository import Repository
 
-        chunker_named(chunker)
+        chunker_named(chunker, bytes(32))
         store = open_store(place.repo, make=True)
         made = Repository.create(store, password(prompt="new password: ", twice=True), chunker=chunker)
         console.data["repository"] = {"id": made.config.id}
@@ -144,7 +145,7 @@ def backup(
             open_origin(source, connection.identity, connection.known_hosts, console) as origin,
             Backup(
                 repository,
-                chunker_named(repository.config.chunker),
+                chunker_named(repository.config.chunker, repository.keyring.cut_key),
                 threads=workers,
                 progress=console.progress("back up"),
                 notice=console.notice,

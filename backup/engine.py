@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from backup.chunk import TARGET, Chunker
+from backup.chunk import GRAIN, Chunker
 from backup.index import encode_segment, sorted_entries
 from backup.keys import CHUNK, PAGE, digest_name
 from backup.lock import Lease
@@ -109,6 +109,8 @@ class Backup:
         audit: int = _AUDIT,
     ) -> None:
         self.repository, self.chunker = repository, chunker
+        # What lies between data may begin at any block, but for a grid, whose chunks must lie where they lay before.
+        self._grain = GRAIN if chunker.lookahead else chunker.minimum
         self.statistics = Statistics()
         self._threads, self._audit, self._clock = threads, audit, clock
         self._progress, self._stop = progress or Silence(), stop or threading.Event()
@@ -348,11 +350,11 @@ class Backup:
         if span.regions is None or sum(entry.length for entry in before) != length:
             entries = self._cut(work, 0, length)
         else:
-            for low, high, kept in _regions(before, span.regions, self.chunker.lookback):
+            for low, high, kept in _regions(before, span.regions, self.chunker.lookahead, self._grain):
                 entries += kept if kept is not None else self._cut(work, low, high)
         if work.blobs:
             self._data.add(work.blobs)
-        page = encode_leaf(entries)
+        page = encode_leaf(_joined(entries))
         return self._save_page(page) if page else NOTHING
 
     def _verify(self, source: BlockSource, base: int, before: list[Entry], content: memoryview) -> None:
@@ -371,7 +373,7 @@ class Backup:
         """Read a region of a span, given as offsets in it, and cut it: its entries."""
         entries: list[Entry] = []
         position, read = low, 0
-        for start, end in _data_runs(work.source, work.base + low, high - low, self.chunker.minimum):
+        for start, end in _data_runs(work.source, work.base + low, high - low, self._grain):
             first, last = start - work.base, end - work.base
             if first > position:
                 entries.append(Entry(first - position, None))
@@ -454,22 +456,22 @@ class Backup:
 
 
 def _regions(
-    before: list[Entry], changed: list[tuple[int, int]], lookback: int
+    before: list[Entry], changed: list[tuple[int, int]], lookahead: int, grain: int
 ) -> Iterator[tuple[int, int, list[Entry] | None]]:
     """Tile a span: what is kept as it was (with its entries), and what is to be read and cut anew.
 
-    A region goes from an old cut to an old cut. A chunk that lies within ``lookback`` behind a change is cut anew too: its end
-    may depend on it.
+    A region goes from an old cut to an old cut. A chunk that ends within ``lookahead`` before a change is cut anew too: its end may
+    have depended on it.
     """
-    before = list(_split(before, changed))
+    before = list(_split(before, changed, grain))
     ends, position = [], 0
     for entry in before:
         position += entry.length
         ends.append(position)
     redo = [False] * len(before)
     for low, high in changed:
-        first = bisect_right(ends, low)
-        last = bisect_right(ends, max(low, min(high - 1 + lookback, position - 1)))
+        first = bisect_right(ends, max(0, low - lookahead))
+        last = bisect_right(ends, max(low, min(high - 1, position - 1)))
         for number in range(first, min(last, len(before) - 1) + 1):
             redo[number] = True
     start = 0
@@ -482,11 +484,19 @@ def _regions(
         start = stop
 
 
-def _split(before: list[Entry], changed: list[tuple[int, int]]) -> Iterator[Entry]:
+def _joined(entries: list[Entry]) -> list[Entry]:
+    """The entries, with neighbouring zeroes as one."""
+    joined: list[Entry] = []
+    for entry in entries:
+        if entry.id is None and joined and joined[-1].id is None:
+            entry = Entry(joined.pop().length + entry.length, None)
+        joined.append(entry)
+    return joined
+
+
+def _split(before: list[Entry], changed: list[tuple[int, int]], grain: int) -> Iterator[Entry]:
     """The entries, with runs of zeroes cut around what changed: of a run, only that is to be read."""
-    marks = sorted(
-        {low // TARGET * TARGET for low, _ in changed} | {-(-high // TARGET) * TARGET for _, high in changed}
-    )
+    marks = sorted({low // grain * grain for low, _ in changed} | {-(-high // grain) * grain for _, high in changed})
     position = 0
     for entry in before:
         end = position + entry.length

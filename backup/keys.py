@@ -65,6 +65,11 @@ class Keyring:
 
         return AESGCM(blake3(bytes((kind,)) + salt, key=self._seal).digest())
 
+    @property
+    def cut_key(self) -> bytes:
+        """What decides where chunks are cut."""
+        return self._derive("cut")
+
     @cached_property
     def _mac(self) -> bytes:
         return self._derive("mac")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from backup.chunk import USUAL
 from backup.errors import (
     ObjectDamagedError,
     ObjectMissingError,
@@ -146,7 +147,7 @@ class Repository:
 
     @classmethod
     def create(
-        cls, store: Store, password: Secret, *, chunker: str = "fixed-65536", level: int = 3, kdf: Kdf | None = None
+        cls, store: Store, password: Secret, *, chunker: str = USUAL, level: int = 3, kdf: Kdf | None = None
     ) -> Repository:
         """Make a repository in an empty store: a key, and last the config. ``UsageError`` when there is something already."""
         if next(iter(store.list("")), None) is not None:
