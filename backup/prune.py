@@ -56,6 +56,7 @@ from backup.manifest import FAN, NOTHING, Tree, decode_inner, decode_leaf, span_
 from backup.pack import HEAD, Blob, Packer, Place, pack_digest, pack_name
 from backup.repository import RESERVE, Point, Repository, keep_reserve
 from backup.store.base import NameTakenError, Store
+from backup.store.local import LocalStore
 from formats.errors import NoSpaceError
 
 CONDEMNED = "condemned/"
@@ -332,6 +333,8 @@ class Prune:
 
     def _sweep(self, points: list[Point], result: Pruned) -> None:
         repository, store = self._repository, self._store
+        if isinstance(store, LocalStore):
+            store.sweep()  # nobody writes but we; a key that is being added fails and says so
         condemnations = [stored.name for stored in store.list(CONDEMNED)]
         condemned = condemned_packs(store)
         if not condemned:
