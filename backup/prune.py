@@ -288,7 +288,7 @@ class Prune:
         for blob_id, place in entries:
             raw = content[place.offset : place.end]
             self._repository.codec.decode(blob_id, place.kind, raw, pack_name(digest))
-            blobs.append(Blob(place.kind, blob_id, place.plain, (bytes(raw),)))
+            blobs.append(Blob(place.kind, blob_id, place.plain, bytes(raw)))
         return blobs
 
     # -- P4, P5 ----------------------------------------------------------------------------------------------------
