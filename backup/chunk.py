@@ -21,16 +21,22 @@ TARGET = 64 * 1024
 class Chunker(Protocol):
     """Decides the ends of chunks.
 
-    ``name`` is stored with the point. A chunk has ``minimum`` to ``maximum`` bytes, except the last of a run, which may be
-    shorter. A cut depends on no
-    bytes further than ``lookback`` before it: after a change, cuts behind it fall where they fell before as soon as one of them coincides.
-    Equal bytes from the start of a run give equal cuts; instances are safe from several threads.
+    ``name`` is stored with the point. A chunk has at most ``maximum`` bytes; one of data has at least ``minimum`` unless zeroes or the end
+    of the run follow it; a span is a multiple of ``minimum``. Where a chunk ends follows from the bytes between its start and ``lookahead``
+    bytes behind its end. Instances are safe from several threads.
     """
 
-    name: str
-    minimum: int
-    maximum: int
-    lookback: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def minimum(self) -> int: ...
+
+    @property
+    def maximum(self) -> int: ...
+
+    @property
+    def lookahead(self) -> int: ...
 
     def cuts(self, data: memoryview, *, final: bool) -> Iterator[int]:
         """The ends of chunks in ``data``, ascending, relative to it. With ``final`` the last one is ``len(data)``; without, what
@@ -43,7 +49,7 @@ class Chunker(Protocol):
 class FixedGrid:
     """Chunks of one length: best for disks that are changed in place."""
 
-    lookback = 0
+    lookahead = 0
 
     def __init__(self, size: int = TARGET) -> None:
         if size % GRAIN or size <= 0:

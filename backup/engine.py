@@ -348,7 +348,7 @@ class Backup:
         if span.regions is None or sum(entry.length for entry in before) != length:
             entries = self._cut(work, 0, length)
         else:
-            for low, high, kept in _regions(before, span.regions, self.chunker.lookback):
+            for low, high, kept in _regions(before, span.regions, self.chunker.lookahead):
                 entries += kept if kept is not None else self._cut(work, low, high)
         if work.blobs:
             self._data.add(work.blobs)
@@ -454,12 +454,12 @@ class Backup:
 
 
 def _regions(
-    before: list[Entry], changed: list[tuple[int, int]], lookback: int
+    before: list[Entry], changed: list[tuple[int, int]], lookahead: int
 ) -> Iterator[tuple[int, int, list[Entry] | None]]:
     """Tile a span: what is kept as it was (with its entries), and what is to be read and cut anew.
 
-    A region goes from an old cut to an old cut. A chunk that lies within ``lookback`` behind a change is cut anew too: its end
-    may depend on it.
+    A region goes from an old cut to an old cut. A chunk that ends within ``lookahead`` before a change is cut anew too: its end may
+    depend on it. The last cut of a region is the old one, so what follows needs no new cuts.
     """
     before = list(_split(before, changed))
     ends, position = [], 0
@@ -468,8 +468,8 @@ def _regions(
         ends.append(position)
     redo = [False] * len(before)
     for low, high in changed:
-        first = bisect_right(ends, low)
-        last = bisect_right(ends, max(low, min(high - 1 + lookback, position - 1)))
+        first = bisect_right(ends, max(0, low - lookahead))
+        last = bisect_right(ends, max(low, min(high, position) - 1))
         for number in range(first, min(last, len(before) - 1) + 1):
             redo[number] = True
     start = 0
