@@ -354,7 +354,7 @@ class Backup:
                 entries += kept if kept is not None else self._cut(work, low, high)
         if work.blobs:
             self._data.add(work.blobs)
-        page = encode_leaf(_joined(entries))
+        page = encode_leaf(entries)
         return self._save_page(page) if page else NOTHING
 
     def _verify(self, source: BlockSource, base: int, before: list[Entry], content: memoryview) -> None:
@@ -461,7 +461,7 @@ def _regions(
     """Tile a span: what is kept as it was (with its entries), and what is to be read and cut anew.
 
     A region goes from an old cut to an old cut. A chunk that ends within ``lookahead`` before a change is cut anew too: its end may
-    have depended on it.
+    have depended on it. The last cut of a region is the old one, so what follows needs no new cuts.
     """
     before = list(_split(before, changed, grain))
     ends, position = [], 0
@@ -471,7 +471,7 @@ def _regions(
     redo = [False] * len(before)
     for low, high in changed:
         first = bisect_right(ends, max(0, low - lookahead))
-        last = bisect_right(ends, max(low, min(high - 1, position - 1)))
+        last = bisect_right(ends, max(low, min(high, position) - 1))
         for number in range(first, min(last, len(before) - 1) + 1):
             redo[number] = True
     start = 0
@@ -482,16 +482,6 @@ def _regions(
         low, high = (ends[start - 1] if start else 0), ends[stop - 1]
         yield low, high, None if redo[start] else before[start:stop]
         start = stop
-
-
-def _joined(entries: list[Entry]) -> list[Entry]:
-    """The entries, with neighbouring zeroes as one."""
-    joined: list[Entry] = []
-    for entry in entries:
-        if entry.id is None and joined and joined[-1].id is None:
-            entry = Entry(joined.pop().length + entry.length, None)
-        joined.append(entry)
-    return joined
 
 
 def _split(before: list[Entry], changed: list[tuple[int, int]], grain: int) -> Iterator[Entry]:

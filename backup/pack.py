@@ -31,17 +31,17 @@ _ZSTD = 1
 
 
 class Blob(NamedTuple):
-    """A blob ready for a pack: its header and what follows it."""
+    """A blob ready for a pack: ``data`` is its header and what follows it."""
 
     kind: int
     id: bytes
     plain: int
-    parts: tuple[bytes, ...]
+    data: bytes
 
     @property
     def size(self) -> int:
         """Bytes in the pack, header included."""
-        return sum(map(len, self.parts))
+        return len(self.data)
 
 
 class Place(NamedTuple):
@@ -90,7 +90,7 @@ class Codec:
                 "a chunk does not read back as it was encoded",
                 advice="Check this computer's memory; nothing wrong was stored.",
             )
-        return Blob(kind, blob_id, len(plain), (head, nonce, sealed))
+        return Blob(kind, blob_id, len(plain), head + nonce + sealed)
 
     def decode(self, blob_id: bytes, kind: int, data: memoryview | bytes, subject: str = "") -> bytes:
         """The plain bytes of a stored blob; ``ObjectDamagedError`` unless they are exactly those of ``blob_id``."""
@@ -174,9 +174,8 @@ class Packer:
         parts = [MAGIC]
         hasher = blake3(MAGIC)
         for blob in blobs:
-            parts += blob.parts
-        for part in parts[1:]:
-            hasher.update(part)
+            parts.append(blob.data)
+            hasher.update(blob.data)
         digest, offset, places = hasher.digest(), len(MAGIC), []
         for blob in blobs:
             places.append((blob.id, Place(digest, offset, blob.size - HEAD, blob.plain, blob.kind)))

@@ -42,7 +42,7 @@ adopted by the next backup |
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -56,6 +56,7 @@ from backup.manifest import FAN, NOTHING, Tree, decode_inner, decode_leaf, span_
 from backup.pack import HEAD, Blob, Packer, Place, pack_digest, pack_name
 from backup.repository import RESERVE, Point, Repository, keep_reserve
 from backup.store.base import NameTakenError, Store
+from backup.store.local import LocalStore
 from formats.errors import NoSpaceError
 
 CONDEMNED = "condemned/"
@@ -183,7 +184,7 @@ def _spared(marks: _Marks, index: Index) -> set[bytes]:
 
 
 class Prune:
-    """One prune. ``between`` is called with the name of each step before it, so that tests can interleave other runs."""
+    """One prune."""
 
     def __init__(
         self,
@@ -191,16 +192,14 @@ class Prune:
         *,
         dry_run: bool = False,
         time: str = "",
-        between: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._repository, self._store = repository, repository.store
-        self._dry_run, self._time, self._between = dry_run, time, between
+        self._dry_run, self._time = dry_run, time
 
     def run(self) -> Pruned:
         """Prune. ``LockedError`` when another one runs; damage that is met raises and nothing is deleted."""
         if self._dry_run:
             return self._mark()[0]
-        self._between("lock")
         self._store.delete(RESERVE)  # on a full disk, the room for what a prune has to write before it can free any
         try:
             return self._locked()
@@ -211,14 +210,11 @@ class Prune:
     def _locked(self) -> Pruned:
         with exclusive(self._store, "prune", self._time):
             result, waste, repack = self._mark()
-            self._between("repack")
             try:
                 self._repack(repack, result)
             except NoSpaceError:
                 repack.clear()  # what was copied is waste now; delete what is nothing but waste, and there is room the next time
-            self._between("condemn")
             self._condemn({*waste, *repack}, result)
-            self._between("quiet")
             points = self._quiet(result)
             if points is not None:
                 self._sweep(points, result)
@@ -227,11 +223,9 @@ class Prune:
     # -- P2 --------------------------------------------------------------------------------------------------------
 
     def _mark(self) -> tuple[Pruned, set[bytes], dict[bytes, list[tuple[bytes, Place]]]]:
-        self._between("mark")
         repository = self._repository
         shunned = frozenset(condemned_packs(self._store))
         points = [repository.point(name) for name in repository.point_names()]
-        self._between("index")
         repository.refresh()
         index = repository.load_index(shunned=shunned, strict=True)
         sizes = {pack_digest(stored.name): stored.size for stored in self._store.list("packs/")}
@@ -287,7 +281,7 @@ class Prune:
         for blob_id, place in entries:
             raw = content[place.offset : place.end]
             self._repository.codec.decode(blob_id, place.kind, raw, pack_name(digest))
-            blobs.append(Blob(place.kind, blob_id, place.plain, (bytes(raw),)))
+            blobs.append(Blob(place.kind, blob_id, place.plain, bytes(raw)))
         return blobs
 
     # -- P4, P5 ----------------------------------------------------------------------------------------------------
@@ -306,32 +300,29 @@ class Prune:
         result.waiting = tuple(remove_dead(self._store))
         if result.waiting:
             return None
-        self._between("points")
         names = self._repository.point_names()
         # Read now: a point that is forgotten after B may be the parent of a backup that has begun since.
         points = []
         for name in names:
-            self._between("point")
             try:
                 points.append(self._repository.point(name))
             except ObjectMissingError:
                 result.waiting = ("points changed meanwhile",)
                 return None
-        self._between("leases")
         result.waiting = tuple(remove_dead(self._store))
         if result.waiting:
             return None
-        self._between("points again")
         if self._repository.point_names() != names:
             result.waiting = ("points changed meanwhile",)
             return None
-        self._between("mark again")
         return points
 
     # -- P6 to P8 --------------------------------------------------------------------------------------------------
 
     def _sweep(self, points: list[Point], result: Pruned) -> None:
         repository, store = self._repository, self._store
+        if isinstance(store, LocalStore):
+            store.sweep()  # nobody writes but we; a key that is being added fails and says so
         condemnations = [stored.name for stored in store.list(CONDEMNED)]
         condemned = condemned_packs(store)
         if not condemned:
@@ -341,7 +332,6 @@ class Prune:
         index = repository.load_index(shunned=frozenset(condemned), strict=True)
         marks = mark(repository, points, index)
         doomed = condemned - _spared(marks, index)
-        self._between("write index")
         try:
             kept = self._write_index(index, doomed)
         except NoSpaceError:
@@ -350,19 +340,16 @@ class Prune:
             kept = self._write_index(index, doomed)
         for name in old:
             if name not in kept:
-                self._between("drop index")
                 store.delete(name)
         index.close()
         self._delete(doomed, result)
         for name in condemnations:
-            self._between("delete condemnation")
             store.delete(name)
         repository.refresh()
 
     def _delete(self, doomed: set[bytes], result: Pruned) -> None:
         sizes = {pack_digest(stored.name): stored.size for stored in self._store.list("packs/")}
         for digest in sorted(doomed & sizes.keys()):
-            self._between("delete pack")
             self._store.delete(pack_name(digest))
             result.deleted_packs += 1
             result.deleted_bytes += sizes[digest]

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from backup.chunk import FixedGrid
+from backup.chunk import chunker_named
 from backup.engine import Backup
 from backup.keys import Kdf
 from backup.reader import StoredDisk
@@ -173,7 +173,9 @@ def changes(folder: Path) -> None:
                 disk.write(memoryview(bytes((turn,)) * 512 + piece[512:]), number * step)
                 extents.append(Extent(number * step, MIB, Kind.DATA))
             started = time.monotonic()
-            with Backup(repository, FixedGrid(), audit=4) as work:
+            with Backup(
+                repository, chunker_named(repository.config.chunker, repository.keyring.cut_key), audit=4
+            ) as work:
                 origin = TrackedOrigin({"disk": 1})
                 capture = _Listed(origin, {})
                 capture.extents = tuple(extents[:256])

@@ -224,6 +224,7 @@ def test_p9_a_backup_that_is_killed_stops_neither_the_next_nor_a_prune(shell: Sh
     document = shell("backup", str(big))
     assert document["data"]["statistics"]["new_bytes"] < 12 * (16 << 20)
     assert shell("prune")["data"]["prune"]["waiting"] == []
+    assert list((tmp_path / "repository/.unfinished").iterdir()) == []
     assert shell("check", "--read-data")["data"]["damages"] == []
     shell("restore", "latest", "--disk", "0", "--device", str(tmp_path / "out.raw"))
     assert (tmp_path / "out.raw").read_bytes() == big.read_bytes()
