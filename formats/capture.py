@@ -16,10 +16,11 @@ C7  ``retire`` drops what only old marks need; retiring an unknown mark is harml
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
-from typing import NewType, Protocol, Self
+from typing import NewType, Protocol, Self, runtime_checkable
 
 from formats.block import BlockSource, Extent
 from formats.errors import Notice
@@ -93,6 +94,18 @@ class Capture(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class Holdable(Protocol):
+    """A FUZZY capture whose machine can be made to stand still for a short time, so that a copy of it can be made one instant."""
+
+    def hold(self) -> AbstractContextManager[Mapping[str, BlockSource]]:
+        """Within, the sources of all disks, by id, are of one instant: after a live pass what changed is compared and copied.
+
+        Entering or leaving raises ``p2v``'s ``ConsistencyError`` when that cannot be, or was not so until the end; nothing stays frozen.
+        """
+        ...
 
 
 class Origin(Protocol):

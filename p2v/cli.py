@@ -14,6 +14,7 @@ import cyclopts
 from cyclopts import Parameter
 
 from formats.errors import InterruptedRunError, ToolkitError, UsageError
+from p2v.config import FREEZE_SECONDS
 from p2v.console import Console, human_size, human_time, record
 
 if TYPE_CHECKING:
@@ -266,6 +267,7 @@ def convert(
     boot_timeout: Annotated[int, Parameter(name="--boot-timeout")] = 0,
     no_adapt: Annotated[bool, Parameter(name="--no-adapt")] = False,
     adapt_only: Annotated[tuple[str, ...], Parameter(name="--adapt-only", metavar="ITEM")] = (),
+    freeze_limit: Annotated[int, Parameter(name="--freeze-limit")] = FREEZE_SECONDS,
     dry_run: Annotated[bool, Parameter(name="--dry-run", alias="-n")] = False,
     connection: Connection = _CONNECTION,
     output: Output = _OUTPUT,
@@ -296,6 +298,9 @@ def convert(
     adapt_only
         adapt this item alone; may be given several times: initramfs, names, device-map, lvm-devices, network, console, efi-fallback,
         selinux.
+    freeze_limit
+        the most seconds that the source's file systems may stay frozen. A machine without room for snapshots is copied while it runs, then
+        frozen while what changed is compared and copied; where that would take longer, the copy is fuzzy (exit code 3).
     dry_run
         inspect, preflight and print the plan; copy nothing, snapshot nothing.
     """
@@ -315,7 +320,9 @@ def convert(
             adapt_only=adapt_only,
             dry_run=dry_run,
         )
-        with open_origin(source, connection.identity, connection.known_hosts, console) as origin:
+        with open_origin(
+            source, connection.identity, connection.known_hosts, console, freeze_limit=freeze_limit
+        ) as origin:
             Conversion(origin, request, console).run()
 
     return _command("convert", output, action)

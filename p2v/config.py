@@ -10,6 +10,9 @@ from pathlib import Path
 
 from formats.errors import UsageError
 
+FREEZE_SECONDS = 60
+"""No file system of a source stays frozen longer than this, unless its administrator allows it."""
+
 _SECRET_LIMIT = 64 * 1024  # bytes: a file that is longer is no password file
 _COMMAND_SECONDS = 60
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from formats.block import BlockSource, data_bytes
-from formats.capture import Capture, Consistency, weakest
+from formats.capture import Capture, Consistency, Holdable, weakest
 from formats.definitions import Hardware, profile_of
 from formats.definitions.text import file_stem
 from formats.errors import InterruptedRunError, Notice, ToolkitError, UsageError
@@ -18,8 +18,8 @@ from formats.machine import Machine
 from formats.transfer import copy
 from p2v.adapt import AdaptPlan, GuestKernel, adapt, fetch_kernel, plan_adaptation, repair_of
 from p2v.console import Console, Stage, human_size, human_time, record
-from p2v.emit import Artifact, Emission, refuse_existing, require_space
-from p2v.errors import AdaptationError, DoesNotBootError, LinkLostError
+from p2v.emit import Artifact, Emission, refill, refuse_existing, require_space
+from p2v.errors import AdaptationError, ConsistencyError, DoesNotBootError, LinkLostError
 from p2v.origin import OpenOrigin
 from p2v.plan import Plan, plan
 from p2v.preflight import Severity, examine
@@ -143,13 +143,14 @@ class Conversion:
                 machine, consistency = capture.machine, weakest(capture.disks)
                 stage.detail = f"consistency {consistency}"
             for notice in capture.notices:
-                console.notice(notice)
+                if notice.code != "fuzzy-disk":  # told when it stays so
+                    console.notice(notice)
             self._covered(capture, emission.plan)
             kernel = self._kernel(machine, emission)
             sources = {disk_id: disk.source for disk_id, disk in capture.disks.items()}
             if consistency is Consistency.FUZZY:
                 self._rehearse(sources, machine, kernel, emission)
-                sources = self._stage(sources, emission, stack)
+                sources, consistency = self._stage(capture, sources, emission, stack)
                 capture.__exit__(
                     None, None, None
                 )  # nothing more is read from the moving source (C5: twice is harmless)
@@ -207,14 +208,14 @@ class Conversion:
                 self._console.log(f"the rehearsal came to nothing: {error.message}")
 
     def _stage(
-        self, sources: Mapping[str, BlockSource], emission: Emission, stack: contextlib.ExitStack
-    ) -> dict[str, BlockSource]:
+        self, capture: Capture, sources: Mapping[str, BlockSource], emission: Emission, stack: contextlib.ExitStack
+    ) -> tuple[dict[str, BlockSource], Consistency]:
         """Copy a moving source aside: adaptation, boot and final copy want one view that holds still."""
         used = self._used(sources, emission.plan)
         require_space(emission.plan.folder, 2 * sum(used.values()))
-        staged: dict[str, BlockSource] = {}
+        staged: dict[str, Path] = {}
         for number, disk in enumerate(emission.plan.disks):
-            path = emission.scratch / f"staged{number}.qcow2"
+            path = staged[disk.disk_id] = emission.scratch / f"staged{number}.qcow2"
             with self._console.stage(f"copy {disk.file} aside") as stage:
                 source = sources[disk.disk_id]
                 with contextlib.closing(create_sink(path, "qcow2", source.size)) as sink:
@@ -222,8 +223,33 @@ class Conversion:
                     done = copy(source, sink, progress=progress, total=used[disk.disk_id])
                     sink.flush()
                 stage.detail = f"{human_size(done.read)} read"
-            staged[disk.disk_id] = stack.enter_context(contextlib.closing(open_source(path, format="qcow2")))
-        return staged
+        consistency = self._settle(capture, staged)
+        opened = {key: open_source(path, format="qcow2") for key, path in staged.items()}
+        for source in opened.values():
+            stack.callback(source.close)
+        return opened, consistency
+
+    def _settle(self, capture: Capture, staged: Mapping[str, Path]) -> Consistency:
+        """Bring the copy of a moving source to one instant, by a frozen final pass over what changed; else it stays fuzzy, said loudly."""
+        console, why, advice = self._console, "", ""
+        if isinstance(capture, Holdable):
+            try:
+                with console.stage("final pass, frozen") as stage:
+                    read = kept = 0
+                    with capture.hold() as disks:
+                        for disk_id, path in staged.items():
+                            copied = refill(
+                                path, "qcow2", disks[disk_id], progress=console.progress("final pass, frozen")
+                            )
+                            read, kept = read + copied.done.read - copied.kept, kept + copied.kept
+                    stage.detail = f"{human_size(read)} had changed, {human_size(kept)} had not"
+                return Consistency.CRASH
+            except ConsistencyError as error:
+                why, advice = f"; {error.message}", error.advice
+        for notice in capture.notices:
+            if notice.code == "fuzzy-disk":
+                console.notice(replace(notice, message=notice.message + why, advice=advice or notice.advice))
+        return Consistency.FUZZY
 
     def _prove(
         self, view: View, machine: Machine, kernel: GuestKernel | None, emission: Emission, *, rehearsal: bool = False

@@ -185,13 +185,9 @@ class Emission:
     def _go_on(self, disk: DiskPlan, source: BlockSource, progress: Progress | None, total: int | None) -> Copied:
         """Fill up an earlier copy: what the source's digests show to be there is not sent again."""
         self._copying = True
-        server = qemu_img.Server(self.pending(disk), image_format(disk.format).driver, writable=True)
-        with server, contextlib.closing(connect(server.uri)) as image:
-            seeded = Seeded(source, image)
-            done = copy(seeded, _Refilled(image), progress=progress, total=total, blank=False)
-            image.flush()
-        self._fingerprints[disk.disk_id] = done.fingerprint
-        return Copied(done=done, kept=seeded.bytes_kept)
+        copied = refill(self.pending(disk), disk.format, source, progress=progress, total=total)
+        self._fingerprints[disk.disk_id] = copied.done.fingerprint
+        return copied
 
     def verify(self, disk: DiskPlan, *, progress: Progress | None = None) -> str:
         """Second opinions on a copied disk: the image checker's, and the image read back against what was read from the source.
@@ -293,8 +289,25 @@ def _translated(error: OSError, folder: Path) -> ToolkitError:
     return UsageError(f"{folder} cannot be written: {error.strerror}", advice="Choose another folder with -o.")
 
 
+def refill(
+    path: Path,
+    format: str,  # noqa: A002
+    source: BlockSource,
+    *,
+    progress: Progress | None = None,
+    total: int | None = None,
+) -> Copied:
+    """Make an image that holds an earlier copy equal to ``source``: what its digests show to be there already is not sent again."""
+    server = qemu_img.Server(path, image_format(format).driver, writable=True)
+    with server, contextlib.closing(connect(server.uri)) as image:
+        seeded = Seeded(source, image)
+        done = copy(seeded, _Refilled(image), progress=progress, total=total, blank=False)
+        image.flush()
+    return Copied(done=done, kept=seeded.bytes_kept)
+
+
 class _Refilled:
-    """A sink over an image that holds an earlier copy: what reads as zeroes there already is not zeroed again, which would take room."""
+    """A sink over an image that holds an earlier copy: what is there already is not written again, which would take time and room."""
 
     random_access = True
 
@@ -303,8 +316,11 @@ class _Refilled:
         self.size = image.size
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Write over what is there."""
-        self._image.write(data, offset)
+        """Write what differs."""
+        there = memoryview(bytearray(len(data)))
+        self._image.readinto(there, offset)
+        if there != data:
+            self._image.write(data, offset)
 
     def zero(self, start: int, length: int) -> None:
         """Zero what holds data."""

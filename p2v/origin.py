@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from formats.capture import Origin
 from formats.errors import ImageUnsupportedError, UsageError
-from p2v.config import secret
+from p2v.config import FREEZE_SECONDS, secret
 
 if TYPE_CHECKING:
     from p2v.console import Console
@@ -35,9 +35,20 @@ class OpenOrigin(Origin, Protocol):
 
 @contextlib.contextmanager
 def open_origin(
-    source: str, identity: Path | None, known_hosts: Path | None, console: Console, *, disk_format: str = ""
+    source: str,
+    identity: Path | None,
+    known_hosts: Path | None,
+    console: Console,
+    *,
+    disk_format: str = "",
+    freeze_limit: int = FREEZE_SECONDS,
 ) -> Iterator[OpenOrigin]:
-    """Open what ``source`` names; notices go to ``console``. ``UsageError`` when it names nothing that can be opened."""
+    """Open what ``source`` names; notices go to ``console``. ``UsageError`` when it names nothing that can be opened.
+
+    ``freeze_limit``: the most seconds, 5 to 3600, that a running machine's file systems may stay frozen.
+    """
+    if not 5 <= freeze_limit <= 3600:
+        raise UsageError(f"a freeze cannot be limited to {freeze_limit} s", advice="Take 5 to 3600 seconds.")
     if source.startswith(_LATER):
         scheme = source.split(":", 1)[0]
         raise ImageUnsupportedError(
@@ -66,5 +77,5 @@ def open_origin(
         password=secret("P2V_SSH_PASSWORD"),
         sudo_password=secret("P2V_SUDO_PASSWORD"),
     )
-    with SshOrigin(target, notice=console.notice) as origin:
+    with SshOrigin(target, notice=console.notice, freeze=freeze_limit) as origin:
         yield origin

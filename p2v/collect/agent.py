@@ -324,7 +324,8 @@ class Agent:
                 process = session.start(command, root=root, lane=number + 1, silence=silence)
                 started.append(Channel(process, session.host))
                 process.write(script)
-                facts = started[-1].greet()
+            for channel in started:  # they start side by side
+                facts = channel.greet()
         except BaseException:
             for channel in started:
                 channel.close()

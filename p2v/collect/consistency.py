@@ -23,11 +23,11 @@ STAGE_MOST = 1 << 30
 """A mounted partition is copied aside under a freeze if it has at most this many bytes to copy."""
 
 _ROOM_LEAST = 64 << 20  # a snapshot with less room for changes overflows before it is of use
-_FREEZABLE = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "jfs", "reiserfs", "nilfs2", "gfs2"})
+FREEZABLE = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "jfs", "reiserfs", "nilfs2", "gfs2"})
 _MAPPED = frozenset({"ext2", "ext3", "ext4"})  # only what is used is copied
-_SWAP = "[SWAP]"
+SWAP = "[SWAP]"
 # Contents that nobody changes unless they are mounted, opened or switched on, which shows elsewhere.
-_INERT = frozenset(
+INERT = frozenset(
     {"", "ext2", "ext3", "ext4", "xfs", "vfat", "exfat", "ntfs", "swap", "iso9660", "crypto_LUKS", "BitLocker"}
 )
 
@@ -157,7 +157,7 @@ def _disk_plan(
         treatment, why, what = _treatment(machine, volume, labels, blocked)
         if why and not reason:
             reason, advice = why, what
-        mount = next((m for m in volume.mountpoints if m != _SWAP), "")
+        mount = next((m for m in volume.mountpoints if m != SWAP), "")
         regions.append(
             Region(
                 path=volume.path,
@@ -188,10 +188,10 @@ def _treatment(
             f"{volume.path} carries {children[0].kind} {children[0].path}, which cannot be snapshotted from below",
             "",
         )
-    mounts = [m for m in volume.mountpoints if m != _SWAP]
+    mounts = [m for m in volume.mountpoints if m != SWAP]
     if not mounts:
         # No mount point does not mean that nobody writes: pools, arrays and data bases hold devices without one.
-        if volume.content in _INERT or _SWAP in volume.mountpoints:
+        if volume.content in INERT or SWAP in volume.mountpoints:
             return Treatment.LIVE, "", ""
         return Treatment.LIVE, f"{volume.path} holds {volume.content}, which may be in use without being mounted", ""
     amount = volume.used if volume.content in _MAPPED and volume.used is not None else volume.size
@@ -205,7 +205,7 @@ def _treatment(
         )
     if volume.content == "vfat":
         return Treatment.STAGED_TWICE, "", ""
-    if volume.content in _FREEZABLE:
+    if volume.content in FREEZABLE:
         return Treatment.STAGED, "", ""
     return (
         Treatment.LIVE,
@@ -231,7 +231,7 @@ def _group_plans(
                 blocked.setdefault(
                     uuid, (f"the logical volume {group.name}/{volume.name} is neither linear nor striped", "")
                 )
-            elif seen is not None and seen.content != "swap" and _SWAP not in seen.mountpoints:
+            elif seen is not None and seen.content != "swap" and SWAP not in seen.mountpoints:
                 sizes[volume.name] = volume.size
         if uuid not in blocked:
             free = sum(group.free_extents(pv) for pv in group.physical)

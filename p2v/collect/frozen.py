@@ -125,7 +125,7 @@ class Column:
 class SshCapture:
     """One live host at one instant, as far as its plan can give that; a ``Capture``.
 
-    ``release`` is called once when it is left, and gives what could not be undone on the source.
+    ``hold`` freezes the machine for a bounded time, see ``formats.capture.Holdable``.
     """
 
     def __init__(
@@ -135,6 +135,7 @@ class SshCapture:
         notices: list[Notice],
         *,
         guard: Guard | None,
+        hold: Callable[[], contextlib.AbstractContextManager[Mapping[str, BlockSource]]],
         stack: contextlib.ExitStack,
         report: Callable[[Notice], None],
     ) -> None:
@@ -142,6 +143,7 @@ class SshCapture:
         self.disks = disks
         self.notices = notices
         self._guard, self._stack, self._report = guard, stack, report
+        self.hold = hold
         self._left = False
 
     def changes(self, disk_id: str) -> Unknown:

@@ -27,14 +27,12 @@ from types import TracebackType
 from typing import Self
 
 from formats.errors import ToolkitError
+from p2v.config import FREEZE_SECONDS
 from p2v.errors import ConsistencyError, LinkLostError
 from p2v.session import RemoteProcess, Session
 
 SILENCE_SECONDS = 60
 """After this long without a beat the guard takes the collector for dead."""
-
-FREEZE_SECONDS = 60
-"""No file system stays frozen longer than this."""
 
 ACT_SECONDS = 900
 """How long one act may last: on a busy server ``sync`` alone takes minutes. While it lasts the guard hears no beat and expects none."""

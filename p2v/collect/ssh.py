@@ -6,6 +6,7 @@ import contextlib
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -20,8 +21,10 @@ from p2v.collect.agent import Agent
 from p2v.collect.blockdev import DdDisk
 from p2v.collect.consistency import Plan, Treatment
 from p2v.collect.frozen import Opener, SshCapture, Staging, Watched
-from p2v.collect.guard import FREEZE_SECONDS, SILENCE_SECONDS, Guard, new_run
+from p2v.collect.guard import SILENCE_SECONDS, Guard, new_run
+from p2v.collect.hold import held
 from p2v.collect.inventory import Inspection
+from p2v.config import FREEZE_SECONDS
 from p2v.errors import DiskVanishedError, PythonMissingError
 from p2v.session import Session, SshTarget
 
@@ -31,8 +34,9 @@ _STAGED = (Treatment.STAGED, Treatment.STAGED_TWICE)
 class SshOrigin:
     """A live Linux host; a context manager. Connects on first use; root, directly or by sudo, is needed for all that it does.
 
-    ``notice`` receives what an inspection or capture could not do. ``silence`` is how many seconds after the collector's end the source
-    cleans up by itself, ``freeze`` the most that a file system stays frozen. Raises the ``HostError`` family.
+    ``notice`` receives what an inspection or capture could not do; that a disk is fuzzy is in the capture's ``notices`` alone. ``silence``
+    is how many seconds after the collector's end the source cleans up by itself, ``freeze`` the most that a file system stays frozen.
+    Raises the ``HostError`` family.
     """
 
     def __init__(
@@ -93,8 +97,8 @@ class SshOrigin:
         labels = _labels(machine, live)
         run = new_run()
         plan = consistency.plan(machine, labels, run)
-        for notice in plan.notices:
-            tell(notice)
+        for notice in plan.notices:  # whether a disk stays fuzzy shows later, if its machine can be held still
+            notices.append(notice) if notice.code == "fuzzy-disk" else tell(notice)
         staging = Staging(plan, live, labels)
         stack.callback(staging.close)
         keeper, snapshots = None, dict[tuple[str, str], BlockSource]()
@@ -127,7 +131,8 @@ class SshOrigin:
             key: CapturedDisk(source=source, mark=None, consistency=levels[key])
             for key, source in staging.compose(snapshots).items()
         }
-        return SshCapture(machine, disks, notices, guard=keeper, stack=stack.pop_all(), report=self._notice)
+        hold = partial(held, session, machine, plan.disks, live, silence=self._silence, freeze=self._freeze)
+        return SshCapture(machine, disks, notices, guard=keeper, hold=hold, stack=stack.pop_all(), report=self._notice)
 
     def _opener(self, session: Session, stack: contextlib.ExitStack, tell: Callable[[Notice], None]) -> Opener:
         """What opens a device of the host: the agent, or dd where there is no Python."""

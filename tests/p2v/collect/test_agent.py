@@ -76,10 +76,9 @@ def whole(disk: BlockSource) -> bytes:
 
 
 @contextmanager
-def loop_device(path: Path) -> Iterator[str]:
-    made = subprocess.run(
-        ["losetup", "--find", "--show", "--read-only", path], capture_output=True, text=True, check=False
-    )
+def loop_device(path: Path, *, writable: bool = False) -> Iterator[str]:
+    words = ["losetup", "--find", "--show", *([] if writable else ["--read-only"])]
+    made = subprocess.run([*words, path], capture_output=True, text=True, check=False)
     if made.returncode:
         pytest.skip(f"no loop devices here: {made.stderr.strip()}")
     device = made.stdout.strip()

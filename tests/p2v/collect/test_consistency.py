@@ -17,6 +17,8 @@ from formats.machine import Boot, Bus, Disk, Machine, Partition, PartitionTable,
 from p2v.collect import consistency
 from p2v.collect.consistency import Treatment
 from p2v.collect.guard import SnapshotPlan, script
+from p2v.collect.hold import standstill
+from p2v.errors import ConsistencyError
 
 MIB = 1 << 20
 EXTENT = 4 * MIB
@@ -164,6 +166,62 @@ def test_rooms_never_exceed_what_is_free(sizes: dict[str, int], free: int) -> No
     else:
         assert sum(rooms.values()) <= free
         assert all(rooms[name] >= least[name] for name in sizes)
+
+
+PLAIN = volume("/dev/sda2", "/dev/sda", size=5000, content="ext4", mount="/")
+THREE = PartitionTable(
+    kind=TableKind.MBR, id="0x1", partitions=(partition(1, 1, 300), partition(2, 301, 5000), partition(3, 5400, 100))
+)
+MEMBER = volume("/dev/sda2", "/dev/sda", size=5000, content="linux_raid_member")
+ARRAY = volume("/dev/md0", "/dev/sda2", kind="raid1", content="ext4", mount="/")
+
+
+@pytest.mark.parametrize(
+    ("volumes", "mounts", "restless"),
+    [
+        ((BOOT, PLAIN), ("/boot", "/"), []),
+        ((dataclasses.replace(BOOT, content="vfat"), PLAIN), ("/",), ["/boot"]),
+        ((BOOT, PV, SWAP, ROOT), ("/boot", "/"), []),
+    ],
+)
+def test_what_has_to_be_held_for_a_fuzzy_machine_to_stand_still(
+    volumes: tuple[Volume, ...], mounts: tuple[str, ...], restless: list[str]
+) -> None:
+    machine = with_volumes(*volumes)
+    full = label(linear("swap", 0, 100), linear("root", 100, 900))
+    still = standstill(machine, planned(machine, full).disks)
+    assert still.mounts == mounts
+    assert [region.mount for _, region in still.restless] == restless
+
+
+@pytest.mark.parametrize(
+    ("volumes", "why"),
+    [
+        ((BOOT, dataclasses.replace(PLAIN, content="exfat")), "/ holds exfat, which cannot be frozen"),
+        (
+            (
+                BOOT,
+                MEMBER,
+                ARRAY,
+            ),
+            "kind raid1",
+        ),
+        ((BOOT, PLAIN, volume("/dev/sda3", "/dev/sda", content="zfs_member")), "in use without being mounted"),
+    ],
+)
+def test_what_cannot_be_held_still_is_refused(volumes: tuple[Volume, ...], why: str) -> None:
+    disk = dataclasses.replace(
+        DISK,
+        table=PartitionTable(
+            kind=TableKind.MBR,
+            id="0x1",
+            partitions=(partition(1, 1, 300), partition(2, 301, 5000), partition(3, 5400, 100)),
+        ),
+    )
+    machine = dataclasses.replace(MACHINE, disks=(disk,), volumes=volumes)
+    plans = [dataclasses.replace(p, reason=p.reason or "fuzzy") for p in planned(machine).disks]
+    with pytest.raises(ConsistencyError, match=why):
+        standstill(machine, plans)
 
 
 @pytest.mark.parametrize("shell", ["dash", "bash", "busybox sh"])
