@@ -54,9 +54,17 @@ def address(machine: PhysicalMachine, user: str = "root") -> list[str]:
 
 
 def interrupted(
-    words: list[str], stage: str, number: signal.Signals, log: Path, *, until: str = "", timeout: float = 600
+    words: list[str],
+    stage: str,
+    number: signal.Signals,
+    log: Path,
+    *,
+    until: str = "",
+    pause: float = 1.0,
+    timeout: float = 600,
 ) -> int:
-    """Run p2v until its log announces ``stage`` (and then shows the pattern ``until``), send the signal, and return the exit code.
+    """Run p2v until its log announces ``stage`` (and then shows the pattern ``until``), send the signal ``pause`` seconds later, and return
+    the exit code.
 
     Negative: it died of the signal.
     """
@@ -68,8 +76,8 @@ def interrupted(
             while not pattern.search(log.read_text(errors="replace")):
                 assert process.poll() is None, f"ended before {stage}: {log.read_text(errors='replace')}"
                 assert time.monotonic() < deadline, f"never came to {stage}: {log.read_text(errors='replace')}"
-                time.sleep(0.05)
-            time.sleep(1)  # into the stage, not onto its edge
+                time.sleep(0.02)
+            time.sleep(pause)  # into the stage, not onto its edge
             process.send_signal(number)
             return process.wait(timeout=120)
         finally:
