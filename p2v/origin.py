@@ -33,6 +33,13 @@ class OpenOrigin(Origin, Protocol):
         ...
 
 
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).exists()
+    except (OSError, ValueError):  # too long for a path, or a NUL in it
+        return False
+
+
 @contextlib.contextmanager
 def open_origin(
     source: str,
@@ -54,14 +61,14 @@ def open_origin(
         raise ImageUnsupportedError(
             f"{scheme} sources cannot be read yet", advice="Use SSH into the machine, or its disk image."
         )
-    if Path(source).exists() and "://" not in source:
+    if "://" not in source and _exists(source):
         from p2v.collect.files import FileOrigin
 
         yield FileOrigin(Path(source), disk_format=disk_format or None)
         return
     if not _SSH.fullmatch(source):
         shown = (
-            "what was given" if ":" in source.rpartition("@")[0].removeprefix("ssh://") else repr(source)
+            "what was given" if ":" in source.rpartition("@")[0].removeprefix("ssh://") else f"{source[:200]!r}"
         )  # may hold a password
         raise UsageError(
             f"{shown} is neither a file nor a host",

@@ -68,6 +68,9 @@ class Headers:
             if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
                 raise ReadError(f"{path} is neither a file nor a block device", subject=str(path))
             self.size = os.lseek(self._file, 0, os.SEEK_END)
+        except OSError as error:  # files of /proc call themselves regular
+            os.close(self._file)
+            raise ReadError(f"{path} cannot be read like a disk: {error.strerror}", subject=str(path)) from error
         except BaseException:
             os.close(self._file)
             raise

@@ -32,6 +32,9 @@ def envelope(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, objec
         ["convert", "root@host", "--to", "libvirt", "-o", "x", "--boot-check", "maybe"],
         ["convert", "root@host", "--to", "libvirt", "-o", "x", "--name", "../evil"],
         ["inspect", "neither-file-nor-host"],
+        ["inspect", "a" * 5000],
+        ["inspect", "a\0b"],
+        ["convert", "root@host", "--to", "libvirt", "-o", "x", "--freeze-limit", "0"],
         ["inspect", "root@-oProxyCommand=x"],
         ["no-such-command"],
         ["boot", "/dev/null", "--level", "hand-off"],
@@ -45,6 +48,10 @@ def test_usage_errors_are_exit_code_2(words: list[str], capsys: pytest.CaptureFi
     assert isinstance(errors, list)
     assert errors[0]["message"]
     assert errors[0]["advice"]
+
+
+def test_what_cannot_be_read_like_a_disk_is_an_image_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert envelope(capsys, "inspect", "/proc/self/mem")["exit_code"] == 24
 
 
 @pytest.mark.parametrize("source", ["vsphere://host/dc/vm", "libvirt:///domain", "qmp:/run/x"])
