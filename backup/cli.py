@@ -18,8 +18,7 @@ from cyclopts import Parameter
 
 from backup.chunk import USUAL
 from formats.errors import Notice, UsageError
-from p2v.cli import Connection, Output
-from p2v.cli import _command as perform
+from p2v.cli import Connection, Output, perform
 from p2v.console import Console, human_size, record
 
 if TYPE_CHECKING:

@@ -83,7 +83,7 @@ def run(arguments: Sequence[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _command(name: str, output: Output, action: Callable[[Console], int | None]) -> int:
+def perform(name: str, output: Output, action: Callable[[Console], int | None]) -> int:
     """Run ``action`` as the command ``name``: every way it can end becomes an exit code and an honest last line."""
     console = Console(json_output=output.json, quiet=output.quiet, verbose=output.verbose, log_json=output.log_json)
     signal.signal(signal.SIGTERM, _terminate)
@@ -139,7 +139,7 @@ def inspect(source: str, /, *, connection: Connection = _CONNECTION, output: Out
         console.data["machine"] = record(machine)
         _show_machine(console, machine)
 
-    return _command("inspect", output, action)
+    return perform("inspect", output, action)
 
 
 def _show_machine(console: Console, machine: Machine) -> None:
@@ -236,7 +236,7 @@ def preflight(
         show_findings(console, findings)
         return 70 if any(f.severity is Severity.BLOCKER for f in findings) else None
 
-    return _command("preflight", output, action)
+    return perform("preflight", output, action)
 
 
 def show_findings(console: Console, findings: Sequence[Finding]) -> None:
@@ -325,7 +325,7 @@ def convert(
         ) as origin:
             Conversion(origin, request, console).run()
 
-    return _command("convert", output, action)
+    return perform("convert", output, action)
 
 
 # -- boot ------------------------------------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ def boot(
         show_verdict(console, verdict)
         return {"pass": None, "fail": 70, "unproven": 71}[verdict.result]
 
-    return _command("boot", output, action)
+    return perform("boot", output, action)
 
 
 def show_verdict(console: Console, verdict: Verdict) -> None:
@@ -409,7 +409,7 @@ def platforms(*, output: Output = _OUTPUT) -> int:
         ]
         console.table(["platform", "what it is", "disk formats", "disk buses", "NICs", "firmware"], rows)
 
-    return _command("platforms", output, action)
+    return perform("platforms", output, action)
 
 
 @app.command
@@ -435,4 +435,4 @@ def cleanup(source: str, /, *, connection: Connection = _CONNECTION, output: Out
         if not removed:
             console.say("nothing was left there")
 
-    return _command("cleanup", output, action)
+    return perform("cleanup", output, action)
