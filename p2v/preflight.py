@@ -14,7 +14,8 @@ from pathlib import Path
 
 from formats.definitions import Hardware, profile_of
 from formats.errors import ToolkitError
-from formats.machine import Bus, Firmware, Kernel, Machine
+from formats.machine import Firmware, Machine
+from p2v.drivers import BUS_DRIVERS, lacking
 from p2v.plan import disks_of, plan
 
 
@@ -41,16 +42,6 @@ class Finding:
     adapted: bool = False
 
 
-# Modules of which each bus needs one, for the disk to be found: the kernel's own names, without .ko, with "_".
-_DRIVERS: dict[Bus, tuple[frozenset[str], ...]] = {
-    Bus.VIRTIO: (frozenset({"virtio_blk"}), frozenset({"virtio_pci"})),
-    Bus.VIRTIO_SCSI: (frozenset({"virtio_scsi"}), frozenset({"virtio_pci"}), frozenset({"sd_mod"})),
-    Bus.SATA: (frozenset({"ahci"}), frozenset({"sd_mod"})),
-    Bus.IDE: (frozenset({"ata_piix", "ata_generic"}), frozenset({"sd_mod"})),
-    Bus.NVME: (frozenset({"nvme"}),),
-    Bus.SCSI: (frozenset({"mptspi", "sym53c8xx", "vmw_pvscsi", "BusLogic"}), frozenset({"sd_mod"})),
-    Bus.SAS: (frozenset({"mptsas"}), frozenset({"sd_mod"})),
-}
 _HYPERV = (frozenset({"hv_storvsc"}), frozenset({"sd_mod"}))
 
 # Names that systemd and the BIOS derive from where the card sits: another mainboard, another name (systemd.net-naming-scheme).
@@ -95,7 +86,9 @@ def _no_disks(machine: Machine, _hardware: Hardware, _platform: str) -> Iterator
 
 
 def _kernels(machine: Machine, hardware: Hardware, platform: str) -> Iterator[Finding]:
-    needed = _HYPERV if platform == "hyperv" and hardware.firmware is Firmware.UEFI else _DRIVERS.get(hardware.bus, ())
+    needed = (
+        _HYPERV if platform == "hyperv" and hardware.firmware is Firmware.UEFI else BUS_DRIVERS.get(hardware.bus, ())
+    )
     for kernel in machine.boot.kernels:
         if kernel.drivers is None:
             yield Finding(
@@ -105,8 +98,7 @@ def _kernels(machine: Machine, hardware: Hardware, platform: str) -> Iterator[Fi
                 subject=kernel.version,
             )
             continue
-        missing = [" or ".join(sorted(group)) for group in needed if not _has(kernel, group)]
-        if missing:
+        if missing := lacking(kernel, needed):
             default = kernel.version == machine.boot.running_kernel
             host_only = " (it was made for the source's hardware alone)" if kernel.host_only else ""
             yield Finding(
@@ -118,11 +110,6 @@ def _kernels(machine: Machine, hardware: Hardware, platform: str) -> Iterator[Fi
                 subject=kernel.version,
                 adapted=True,
             )
-
-
-def _has(kernel: Kernel, group: frozenset[str]) -> bool:
-    have = {name.replace("-", "_") for name in (*(kernel.drivers or ()), *(kernel.builtin or ()))}
-    return bool(have & {name.replace("-", "_") for name in group})
 
 
 def _network(machine: Machine, _hardware: Hardware, _platform: str) -> Iterator[Finding]:

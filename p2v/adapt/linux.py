@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from formats.machine import Disk, EfiVariable, Kernel, Machine, Volume
-from p2v.adapt.plan import drivers_of
+from p2v.drivers import drivers_of
 from p2v.emulator import Controller
 
 _SCSI_DISK = "sd_mod"

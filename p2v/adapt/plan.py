@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from formats.definitions import Hardware
 from formats.errors import UsageError
-from formats.machine import Bus, Firmware, Kernel, Machine
+from formats.machine import Firmware, Machine
+from p2v.drivers import BUS_DRIVERS, drivers_of
 
 ITEMS = ("initramfs", "names", "device-map", "lvm-devices", "network", "console", "efi-fallback", "selinux")
 """Every item by the name that ``--adapt-only`` takes, in the order in which they are done."""
@@ -22,16 +23,6 @@ STORAGE_DRIVERS = (
 NETWORK_DRIVERS = ("virtio_net", "e1000", "e1000e", "vmxnet3", "hv_netvsc", "xen_netfront")
 """Modules for the platforms' network cards: they are loaded from the root file system, so no initramfs is changed for their sake."""
 
-# Modules without which the disks on a bus are not found; for the reason that a person reads.
-_NEEDED = {
-    Bus.VIRTIO: ("virtio_pci", "virtio_blk"),
-    Bus.VIRTIO_SCSI: ("virtio_pci", "virtio_scsi", "sd_mod"),
-    Bus.SATA: ("ahci", "sd_mod"),
-    Bus.IDE: ("ata_piix", "sd_mod"),
-    Bus.NVME: ("nvme",),
-    Bus.SAS: ("mptsas", "sd_mod"),
-    Bus.SCSI: ("mptspi", "sd_mod"),
-}
 _ONLY_FIRST_PORT = re.compile(r"ttyS[1-9]\d*(,|$)")
 _LAST_RESORT = "whether there is anything to do is seen in the machine itself"
 
@@ -92,18 +83,6 @@ def plan_adaptation(
     return AdaptPlan(items=() if {item.name for item in items} <= {"selinux"} else items, rebuild=rebuild)
 
 
-def word(module: str) -> str:
-    """A module's name with one spelling: the kernel takes ``-`` and ``_`` for the same."""
-    return module.replace("-", "_")
-
-
-def drivers_of(kernel: Kernel) -> frozenset[str] | None:
-    """Every module that this kernel can have before its root file system: in its initramfs or built in. None when not known."""
-    if kernel.drivers is None:
-        return None
-    return frozenset(word(name) for name in (*kernel.drivers, *(kernel.builtin or ())))
-
-
 def _initramfs(machine: Machine, hardware: Hardware | None, *, rebuild: bool) -> str:
     parts = list(_lacking(machine, hardware))
     if rebuild:
@@ -114,7 +93,7 @@ def _initramfs(machine: Machine, hardware: Hardware | None, *, rebuild: bool) ->
 
 
 def _lacking(machine: Machine, hardware: Hardware | None) -> Iterator[str]:
-    needed = _NEEDED.get(hardware.bus, ()) if hardware is not None else ()
+    groups = BUS_DRIVERS.get(hardware.bus, ()) if hardware is not None else ()
     for kernel in machine.boot.kernels:
         if not kernel.initramfs:
             continue
@@ -122,6 +101,7 @@ def _lacking(machine: Machine, hardware: Hardware | None) -> Iterator[str]:
         if held is None:
             yield f"what the initramfs of {kernel.version} holds is not known"
         elif missing := [name for name in STORAGE_DRIVERS if name not in held]:
+            needed = {name for group in groups if not group & held for name in group}
             why = [name for name in missing if name in needed]
             bus = f", which the target's {hardware.bus} disks need" if why and hardware is not None else ""
             shown = why or missing

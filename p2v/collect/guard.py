@@ -28,7 +28,7 @@ from typing import Self
 
 from formats.errors import ToolkitError
 from p2v.config import FREEZE_SECONDS
-from p2v.errors import ConsistencyError, LinkLostError
+from p2v.errors import CommandError, ConsistencyError, LinkLostError
 from p2v.session import RemoteProcess, Session
 
 SILENCE_SECONDS = 60
@@ -338,7 +338,10 @@ class Guard:
         with self._lock:
             if self._closed:
                 return []
-            self._process.write(f"{command}\n".encode())
+            try:
+                self._process.write(f"{command}\n".encode())
+            except CommandError as error:
+                raise self._ended() from error
             lines = self._expect(f"done {command} ")
         if not lines[-1].endswith(" 0"):
             said = (
@@ -358,16 +361,19 @@ class Guard:
         while True:
             line = self._line()
             if line is None:
-                raise ConsistencyError(
-                    f"the guard on {self._host} ended: {self._process.stderr_tail()[-300:] or 'it was killed'}",
-                    advice="It has thawed and removed what it made. Run the command again.",
-                    subject=self._host,
-                )
+                raise self._ended()
             lines.append(line)
             if line.startswith(start):
                 return lines
             if len(lines) > 10_000:
                 raise ConsistencyError(f"the guard on {self._host} answers nonsense", subject=self._host)
+
+    def _ended(self) -> ConsistencyError:
+        return ConsistencyError(
+            f"the guard on {self._host} ended: {self._process.stderr_tail()[-300:] or 'it was killed'}",
+            advice="It has thawed and removed what it made. Run the command again.",
+            subject=self._host,
+        )
 
     def _line(self) -> str | None:
         while b"\n" not in self._rest:

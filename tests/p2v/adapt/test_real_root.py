@@ -15,9 +15,10 @@ from formats.images.raw import RawFile
 from formats.layouts import lvm, partition
 from formats.layouts.window import Window
 from formats.machine import Boot, Kernel, Machine, OperatingSystem
-from p2v.adapt.plan import STORAGE_DRIVERS, plan_adaptation, word
+from p2v.adapt.plan import STORAGE_DRIVERS, plan_adaptation
 from p2v.adapt.stage import find_busybox, stage_tables
 from p2v.collect import initramfs
+from p2v.drivers import word
 from tests.machines.builder import BuiltMachine
 from tests.requirement import needs, needs_root
 

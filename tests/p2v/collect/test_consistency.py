@@ -16,9 +16,11 @@ from formats.layouts.lvm import Area, LogicalVolume, PhysicalLabel, PhysicalVolu
 from formats.machine import Boot, Bus, Disk, Machine, Partition, PartitionTable, TableKind, Volume
 from p2v.collect import consistency
 from p2v.collect.consistency import Treatment
-from p2v.collect.guard import SnapshotPlan, script
+from p2v.collect.guard import Guard, SnapshotPlan, script
 from p2v.collect.hold import standstill
 from p2v.errors import ConsistencyError
+from p2v.session import Session
+from tests.p2v.sshd import SshServer
 
 MIB = 1 << 20
 EXTENT = 4 * MIB
@@ -261,6 +263,17 @@ def test_an_act_may_last_longer_than_the_silence_but_not_for_ever(tmp_path: Path
         assert guard.stdout.readline() == ends + "\n"
         if ends != "bye":  # the collector says nothing from here on
             assert guard.stdout.readline() == "bye\n"
+
+
+def test_a_guard_that_was_killed_is_said_to_have_ended(sshd: SshServer) -> None:
+    """Whether the answer does not come or the question can no longer be sent: the same is said."""
+    with Session.connect(sshd.target()) as session:
+        guard = Guard.start(session, "01234567", [], [])
+        session.run(["pkill", "-KILL", "-f", "p2v-guard-[0]1234567"], check=True)
+        with guard:
+            for _ in range(2):
+                with pytest.raises(ConsistencyError, match=r"the guard on .* ended"):
+                    guard.sync()
 
 
 @pytest.mark.parametrize("name", ["a b", "$(x)", "", "-x", "a;b", "a'b"])
