@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from hypothesis import settings
 # Tests assert no times: a busy computer is no defect.
 settings.register_profile("any-computer", deadline=None)
 settings.load_profile("any-computer")
+
+# A shell starts what runs in its background with SIGINT ignored, and every program started here would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tests.machines.fixture"]
 

@@ -38,6 +38,7 @@ ACT_SECONDS = 900
 """How long one act may last: on a busy server ``sync`` alone takes minutes. While it lasts the guard hears no beat and expects none."""
 
 _ANSWER_SECONDS = 180.0
+_LEAST_ANSWER_SECONDS = 30.0
 _NAME = re.compile(r"p2v-[0-9a-f]{8}-\d{1,4}")
 _LVM_WORD = re.compile(r"[A-Za-z0-9_.+][A-Za-z0-9_.+-]*")
 
@@ -236,6 +237,8 @@ class Guard:
     ) -> None:
         self._process, self._host, self._snapshots = process, host, snapshots
         self._lost = lost
+        # Beyond its silence the guard ends itself there: who then still waits for an answer waits in vain.
+        self._beat_answer = max(silence, _LEAST_ANSWER_SECONDS)
         self._lock = threading.Lock()
         self._rest = b""
         self._stopped = threading.Event()
@@ -338,6 +341,7 @@ class Guard:
         with self._lock:
             if self._closed:
                 return []
+            self._process.settimeout(self._beat_answer if command == "beat" else ACT_SECONDS)
             try:
                 self._process.write(f"{command}\n".encode())
             except CommandError as error:
@@ -397,6 +401,7 @@ class Guard:
             if self._closed:
                 return
             self._closed = True
+            self._process.settimeout(_ANSWER_SECONDS)
             with contextlib.suppress(ToolkitError):
                 self._process.write(b"end\n")
             self._process.close_input()

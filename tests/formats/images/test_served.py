@@ -168,12 +168,12 @@ def test_fixed_vhd_is_told_from_raw_by_its_footer(tmp_path: Path) -> None:
     raw.close()
 
 
-@needs("7z")
+@needs("7zz")
 @pytest.mark.parametrize(("name", "kind"), [("vhd", "VHD"), ("vhdx", "VHDX"), ("vdi", "VDI"), ("qcow2", "QCOW")])
 def test_7zip_reads_the_same(tmp_path: Path, name: str, kind: str) -> None:
     content = disks.shape("sparse")
     path = disks.write(tmp_path / "disk.img", name, content)
-    answer = subprocess.run(["7z", "x", "-so", f"-t{kind}", path], capture_output=True, check=True)
+    answer = subprocess.run(["7zz", "x", "-so", f"-t{kind}", path], capture_output=True, check=True)
     assert answer.stdout == content
 
 

@@ -60,7 +60,7 @@ def test_the_markers_tell_the_whole_disk(shape: str) -> None:
         assert found.order == ["directory", "footer"]
 
 
-@needs("qemu-img", "7z")
+@needs("qemu-img", "7zz")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_qemu_and_7zip_read_the_same(tmp_path: Path, shape: str) -> None:
     content = disks.shape(shape)
@@ -69,10 +69,10 @@ def test_qemu_and_7zip_read_the_same(tmp_path: Path, shape: str) -> None:
     (tmp_path / "disk.raw").write_bytes(content)
     assert qemu_img.check(path, "vmdk").clean
     assert qemu_img.compare(path, "vmdk", tmp_path / "disk.raw", "raw").equal
-    tested = subprocess.run(["7z", "t", "-tvmdk", path], capture_output=True, text=True, check=False)
+    tested = subprocess.run(["7zz", "t", "-tvmdk", path], capture_output=True, text=True, check=False)
     assert "Everything is Ok" in tested.stdout, tested.stdout
     assert not re.search("warning|error", tested.stdout, re.IGNORECASE)
-    assert subprocess.run(["7z", "x", "-so", "-tvmdk", path], capture_output=True, check=True).stdout == content
+    assert subprocess.run(["7zz", "x", "-so", "-tvmdk", path], capture_output=True, check=True).stdout == content
 
 
 @needs("qemu-img")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,18 +17,23 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
+def _answers(path: Path) -> bool:
+    """Whether somebody takes a connection there: the socket's file is there before that."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 @contextmanager
-def serving(socket: Path, *command: str | Path) -> Iterator[str]:
-    """Run a server in the foreground until the block is left; yields the URI of its default export on ``socket``."""
+def serving(path: Path, *command: str | Path) -> Iterator[str]:
+    """Run a server in the foreground until the block is left; yields the URI of its default export on ``path``."""
     server = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE)
     try:
         for _ in range(600):
-            if socket.exists() or server.poll() is not None:
+            if _answers(path) or server.poll() is not None:
                 break
             time.sleep(0.05)
         assert server.poll() is None, server.stderr.read() if server.stderr else ""
-        assert socket.exists()
-        yield f"nbd+unix:///?socket={socket}"
+        yield f"nbd+unix:///?socket={path}"
     finally:
         for _ in range(60):
             server.terminate()
@@ -43,12 +49,12 @@ def serving(socket: Path, *command: str | Path) -> Iterator[str]:
 
 def qemu_nbd(folder: Path, image: Path, form: str, *, writable: bool = False) -> AbstractContextManager[str]:
     """Serve ``image`` by qemu-nbd, to several connections."""
-    socket = folder / f"{image.name}.socket"
+    path = folder / f"{image.name}.socket"
     mode = ["--discard=unmap"] if writable else ["--read-only"]
-    return serving(socket, "qemu-nbd", "-t", "-e", "8", "-k", socket, "-f", form, *mode, image)
+    return serving(path, "qemu-nbd", "-t", "-e", "8", "-k", path, "-f", form, *mode, image)
 
 
 def nbdkit(folder: Path, *arguments: str | Path) -> AbstractContextManager[str]:
     """Serve by nbdkit with a plugin and filters."""
-    socket = folder / "nbdkit.socket"
-    return serving(socket, "nbdkit", "--foreground", "--exit-with-parent", "-U", socket, *arguments)
+    path = folder / "nbdkit.socket"
+    return serving(path, "nbdkit", "--foreground", "--exit-with-parent", "-U", path, *arguments)
