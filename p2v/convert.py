@@ -16,7 +16,7 @@ from formats.errors import InterruptedRunError, Notice, ToolkitError, UsageError
 from formats.images import create_sink, open_source
 from formats.machine import Machine
 from formats.transfer import copy
-from p2v.adapt import AdaptPlan, GuestKernel, adapt, fetch_kernel, plan_adaptation, repair_of
+from p2v.adapt import ITEMS, AdaptPlan, GuestKernel, adapt, fetch_kernel, plan_adaptation, repair_of
 from p2v.console import Console, Stage, human_size, human_time, record
 from p2v.emit import Artifact, Emission, refill, refuse_existing, require_space
 from p2v.errors import AdaptationError, ConsistencyError, DoesNotBootError, LinkLostError
@@ -67,6 +67,7 @@ class Conversion:
 
     def __init__(self, origin: OpenOrigin, request: Request, console: Console) -> None:
         self._origin, self._request, self._console = origin, request, console
+        self._adapted: set[str] = set()
 
     def run(self) -> Artifact | None:
         """Convert, and return what was written; None for a dry run.
@@ -263,9 +264,10 @@ class Conversion:
         verdict = self._boot(view, machine, emission.plan, rehearsal=rehearsal)
         if kernel is not None and verdict.result is Result.FAIL:
             codes = [finding.code for finding in verdict.findings]
-            if repair := repair_of(codes, wanted.names):
-                self._console.log(f"repair: {', '.join(sorted(repair.items))} after {verdict.reason}")
-                again = plan_adaptation(machine, emission.plan.hardware, repair.items, rebuild=repair.rebuild)
+            allowed = frozenset(self._request.adapt_only or ITEMS)
+            if (repair := repair_of(codes, wanted.names)) and (items := repair.items & allowed):
+                self._console.log(f"repair: {', '.join(sorted(items))} after {verdict.reason}")
+                again = plan_adaptation(machine, emission.plan.hardware, items, rebuild=repair.rebuild)
                 self._adapt(view, machine, again, kernel, emission)
                 verdict = self._boot(view, machine, emission.plan, rehearsal=rehearsal)
         demand(verdict, outcome="nothing was copied", unproven_stops=not rehearsal)
@@ -286,6 +288,7 @@ class Conversion:
             )
             view.check()
             view.lay(overlays)
+            self._adapted |= wanted.names
             stage.detail = f"{len(done.changes)} files changed in {human_time(done.seconds)}, see {done.audit}"
         for item in done.items:
             console.log(f"  adapted {item.name}: {item.status}: {item.detail}")
@@ -310,6 +313,7 @@ class Conversion:
                 folder=self._evidence(made, "boot"),
                 timeout=self._request.boot_timeout,
                 fuzzy=rehearsal,
+                explain="initramfs" not in self._adapted,
             )
             stage.detail = (
                 f"{verdict.level}/{verdict.result} in {human_time(verdict.seconds)}, {human_size(view.bytes_read)} of "

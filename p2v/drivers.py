@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from formats.machine import Bus, Kernel
+from p2v.emulator import Controller
 
 BUS_DRIVERS: Mapping[Bus, tuple[frozenset[str], ...]] = {
     Bus.VIRTIO: (frozenset({"virtio_blk"}), frozenset({"virtio_pci"})),
@@ -16,6 +17,21 @@ BUS_DRIVERS: Mapping[Bus, tuple[frozenset[str], ...]] = {
     Bus.SAS: (frozenset({"mptsas"}), frozenset({"sd_mod"})),
 }
 """Modules without which the disks on a bus are not found: of each set one. The kernel's own names, without .ko, with "_"."""
+
+_SCSI_DISK = frozenset({"sd_mod"})
+
+CONTROLLER_DRIVERS: Mapping[Controller, tuple[frozenset[str], ...]] = {
+    Controller.VIRTIO_BLK: BUS_DRIVERS[Bus.VIRTIO],
+    Controller.VIRTIO_SCSI: BUS_DRIVERS[Bus.VIRTIO_SCSI],
+    Controller.NVME: BUS_DRIVERS[Bus.NVME],
+    Controller.SATA: BUS_DRIVERS[Bus.SATA],
+    Controller.IDE: (frozenset({"ata_piix"}), _SCSI_DISK),
+    Controller.MPTSAS1068: (frozenset({"mptsas"}), _SCSI_DISK),
+    Controller.MEGASAS: (frozenset({"megaraid_sas"}), _SCSI_DISK),
+    Controller.PVSCSI: (frozenset({"vmw_pvscsi"}), _SCSI_DISK),
+    Controller.LSI53C895A: (frozenset({"sym53c8xx"}), _SCSI_DISK),
+}
+"""The same for the controllers that QEMU has, the cheapest to emulate first."""
 
 
 def word(module: str) -> str:

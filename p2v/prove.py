@@ -10,12 +10,13 @@ from formats.errors import UsageError
 from formats.machine import Firmware, Machine
 from p2v.collect.files import FileOrigin
 from p2v.console import Console, human_size, record
-from p2v.emulator import NicModel
+from p2v.drivers import CONTROLLER_DRIVERS, lacking
+from p2v.emulator import Controller, NicModel
 from p2v.errors import DoesNotBootError, UnprovenError
 from p2v.target.boots import boot
 from p2v.target.evidence import Patience
 from p2v.target.hardware import EmulatedPlatform, platform_hardware
-from p2v.target.verdict import Level, Result, Verdict
+from p2v.target.verdict import Finding, Level, Result, Severity, Verdict
 from p2v.view import View
 
 
@@ -29,21 +30,61 @@ def boot_view(
     folder: Path | None,
     timeout: int,
     fuzzy: bool = False,
+    explain: bool = False,
 ) -> Verdict:
-    """Boot the disks of a view on the platform's kind of hardware; writes are thrown away. Raises what a source failed with."""
+    """Boot the disks of a view on the platform's kind of hardware; writes are thrown away. Raises what a source failed with.
+
+    ``explain``: the initramfs is as the machine's record has it: the verdict may say what it lacks, and is sooner there.
+    """
     target = emulated(platform, hardware, machine)
+    missing = _lacking(machine, target.hardware.controller) if explain else ""
+    waits = patience(timeout) or (_BRIEF if missing else None)
     verdict = boot(
         machine,
         view.drives(),
         target.hardware,
         folder=folder,
-        patience=patience(timeout),
+        patience=waits,
         fuzzy=fuzzy,
         findings=target.findings,
         listen=lambda text: console.log(f"  seen: {text:.110}"),
     )
     view.check()
-    return verdict
+    return _explained(verdict, missing) if missing else verdict
+
+
+_NO_ROOT = frozenset(
+    {"root-device-missing", "volume-group-missing", "initramfs-shell", "dracut-shell", "root-mount-failed"}
+)
+
+
+# A machine that lacks the driver of its disks waits for them without a word, dracut for minutes.
+_BRIEF = replace(Patience.emulated(), idle=60.0, busy=100.0)
+
+
+def _lacking(machine: Machine, controller: Controller) -> str:
+    running = next((kernel for kernel in machine.boot.kernels if kernel.version == machine.boot.running_kernel), None)
+    missing = lacking(running, CONTROLLER_DRIVERS[controller]) if running is not None else []
+    return (
+        f"the initramfs of {running.version} has no {', '.join(missing)} for {controller} disks"
+        if running and missing
+        else ""
+    )
+
+
+def _explained(verdict: Verdict, missing: str) -> Verdict:
+    """With the drivers named that the initramfs lacks, where no root was found; a machine that waits for it without a word has failed."""
+    found, seen = {finding.code for finding in verdict.findings}, {signal.code for signal in verdict.signals}
+    waits = "no-signal" in found and "initramfs" in seen and "multi-user" not in seen
+    if not waits and not found & _NO_ROOT:
+        return verdict
+    finding = Finding(
+        code="initramfs-lacks-driver",
+        severity=Severity.ERROR,
+        message=f"{missing}: it does not find its root",
+        fix="let the adaptation add it (no --no-adapt, no --adapt-only), or make the initramfs on the source with all drivers",
+    )
+    return replace(verdict, result=Result.FAIL, findings=(finding, *verdict.findings))
 
 
 def boot_path(

@@ -8,23 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from formats.machine import Disk, EfiVariable, Kernel, Machine, Volume
-from p2v.drivers import drivers_of
+from p2v.drivers import CONTROLLER_DRIVERS, drivers_of, lacking
 from p2v.emulator import Controller
-
-_SCSI_DISK = "sd_mod"
-
-# Controllers that QEMU has, the cheapest to emulate first, with the modules of which each needs all.
-_CONTROLLERS: tuple[tuple[Controller, tuple[str, ...]], ...] = (
-    (Controller.VIRTIO_BLK, ("virtio_pci", "virtio_blk")),
-    (Controller.VIRTIO_SCSI, ("virtio_pci", "virtio_scsi", _SCSI_DISK)),
-    (Controller.NVME, ("nvme",)),
-    (Controller.SATA, ("ahci", _SCSI_DISK)),
-    (Controller.IDE, ("ata_piix", _SCSI_DISK)),
-    (Controller.MPTSAS1068, ("mptsas", _SCSI_DISK)),
-    (Controller.MEGASAS, ("megaraid_sas", _SCSI_DISK)),
-    (Controller.PVSCSI, ("vmw_pvscsi", _SCSI_DISK)),
-    (Controller.LSI53C895A, ("sym53c8xx", _SCSI_DISK)),
-)
 
 # Words of a kernel command line that the adaptation boot must not have: other consoles, other first programs, waiting, and what
 # costs memory or time. ``ro`` and ``rw`` are stated anew.
@@ -54,13 +39,12 @@ class StableName:
 
 def choose_controller(kernel: Kernel) -> Controller | None:
     """A controller that QEMU has and this kernel's initramfs drives; None when there is none, AHCI when what it holds is not known."""
-    held = drivers_of(kernel)
-    if held is None:
+    if drivers_of(kernel) is None:
         return Controller.SATA
     # A kernel of which the built-in modules are not known may have sd_mod built in; the controller's own driver decides.
-    assumed = {_SCSI_DISK} if kernel.builtin is None else set()
-    for controller, needed in _CONTROLLERS:
-        if set(needed) <= held | assumed:
+    assumed = {"sd_mod"} if kernel.builtin is None else set()
+    for controller, groups in CONTROLLER_DRIVERS.items():
+        if set(lacking(kernel, groups)) <= assumed:
             return controller
     return None
 

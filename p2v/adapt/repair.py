@@ -9,13 +9,14 @@ _INITRAMFS = frozenset({"initramfs", "names", "lvm-devices"})
 _LOADER = frozenset({"efi-fallback"})
 _MOUNTS = frozenset({"names"})
 
-# Failure classes of p2v.target.failures, by code, and the items that cure them.
+# Findings of a boot (p2v.target.failures, p2v.prove), by code, and the items that cure them.
 _CURES = {
     "root-device-missing": _INITRAMFS,
     "volume-group-missing": _INITRAMFS,
     "initramfs-shell": _INITRAMFS,
     "dracut-shell": _INITRAMFS,
     "root-mount-failed": _INITRAMFS,
+    "initramfs-lacks-driver": _INITRAMFS,
     "initramfs-damaged": _INITRAMFS,
     "no-bootable-device": _LOADER,
     "uefi-shell": _LOADER,

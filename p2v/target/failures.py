@@ -54,6 +54,9 @@ def _class(
 
 
 _LOADER_FIX = "check that the boot disk comes first and that a boot loader is installed on it for this firmware"
+_NO_EFI_LOADER_FIX = (
+    "put a loader at \\EFI\\BOOT\\BOOTX64.EFI of the EFI system partition, or carry the machine's boot entries along"
+)
 _DRIVER_FIX = (
     "the initramfs probably lacks the driver of the target's disk controller, or the root device is named in a way that"
     " changes: add the driver to the initramfs and name the root by UUID, or choose another disk bus"
@@ -91,14 +94,14 @@ FAILURES: tuple[FailureClass, ...] = (
         Weight.DEAD_END,
         r"UEFI Interactive Shell|^Shell>",
         "the firmware fell into the UEFI shell: it found no boot loader",
-        "put a loader at \\EFI\\BOOT\\BOOTX64.EFI of the EFI system partition, or carry the machine's boot entries along",
+        _NO_EFI_LOADER_FIX,
     ),
     _class(
         "uefi-boot-entry-failed",
         Weight.CAUSE,
         r"BdsDxe: failed to (?:load|start) Boot\w+",
         "the firmware could not start one of its boot entries",
-        "put a loader at \\EFI\\BOOT\\BOOTX64.EFI of the EFI system partition",
+        _NO_EFI_LOADER_FIX,
     ),
     _class(
         "secure-boot-refused",
@@ -192,7 +195,7 @@ FAILURES: tuple[FailureClass, ...] = (
         "root-device-missing",
         Weight.CAUSE,
         r"ALERT!\s+\S+ does not exist|Gave up waiting for (?:root|suspend/resume)|"
-        r"Timed out waiting for (?:udev queue|root device)|[Ww]arning: \S+ does not exist|"
+        r"Timed out waiting for (?:udev queue|root device)|dracut-initqueue: timeout, still waiting|[Ww]arning: \S+ does not exist|"
         r"[Uu]nable to find (?:root|LVM) (?:device|volume)|Could not boot\.|Cannot find (?:root|device)",
         "the root device was not found",
         _DRIVER_FIX,
