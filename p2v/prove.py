@@ -53,6 +53,9 @@ def boot_view(
     return _explained(verdict, missing) if missing else verdict
 
 
+LACKS_DRIVER = "initramfs-lacks-driver"
+"""The finding that an initramfs has not what drives its disks: known from the record, and borne out by the boot."""
+
 _NO_ROOT = frozenset(
     {"root-device-missing", "volume-group-missing", "initramfs-shell", "dracut-shell", "root-mount-failed"}
 )
@@ -79,7 +82,7 @@ def _explained(verdict: Verdict, missing: str) -> Verdict:
     if not waits and not found & _NO_ROOT:
         return verdict
     finding = Finding(
-        code="initramfs-lacks-driver",
+        code=LACKS_DRIVER,
         severity=Severity.ERROR,
         message=f"{missing}: it does not find its root",
         fix="let the adaptation add it (no --no-adapt, no --adapt-only), or make the initramfs on the source with all drivers",

@@ -142,6 +142,6 @@ def test_with_a_loader_but_no_driver_the_driver_is_named(
     keys = ["--identity", str(physical.identity), "--known-hosts", str(physical.known_hosts)]
     assert run([*asked, *keys, "--adapt-only", "efi-fallback", "--json"]) == DoesNotBootError.exit_code
     answer = json.loads(capsys.readouterr().out)
-    assert "has no virtio_blk, virtio_pci for virtio-blk disks" in answer["error"]["message"]
+    assert "has no virtio_blk, virtio_pci for virtio-blk disks" in str(answer["errors"])
     assert answer["data"]["verdict"]["result"] == "fail"
     assert not (tmp_path / "out" / "metal3.xml").exists()
