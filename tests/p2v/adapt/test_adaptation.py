@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from formats import qemu_img
+from formats.images.raw import RawFile
+from formats.layouts import lvm, partition
+from formats.layouts.window import Window
 from p2v.adapt import AdaptItem, AdaptPlan, Kind, Status, adapt, plan_adaptation
 from p2v.emulator import Drive
 from p2v.errors import AdaptationError
@@ -74,6 +81,90 @@ def test_a_stage_that_fails_says_why(source: LiveSource, tmp_path: Path) -> None
     with pytest.raises(AdaptationError, match="EFI system partition was not found") as caught:
         adapt(plan, source.machine, source.kernel, source.drives(tmp_path), tmp_path)
     assert "Nothing was changed" in caught.value.advice
+
+
+MIB = 1 << 20
+
+
+def _root_offset(disk: Path) -> int:
+    """Where the root file system of bios-lvm begins on its disk: the volume is in one piece."""
+    image = RawFile(disk)
+    try:
+        table = partition.read_table(image)
+        assert table is not None
+        physical = table.partitions[1]
+        label = lvm.read_label(Window(image, physical.start, physical.size))
+    finally:
+        image.close()
+    assert label is not None and label.group is not None
+    (segment,) = next(volume for volume in label.group.logical if volume.name == "root").segments
+    return physical.start + label.group.physical[0].start + segment.areas[0].start * label.group.extent_size
+
+
+def _debugfs(disk: Path, offset: int, *commands: str) -> str:
+    run = ["debugfs", "-w", "-f", "-", f"{disk}?offset={offset}"]
+    return subprocess.run(run, input="\n".join(commands), capture_output=True, text=True, check=True).stdout
+
+
+def _fill_boot(disk: Path, folder: Path) -> None:
+    """Leave 40 KiB on /boot, the first partition."""
+    text = subprocess.run(["dumpe2fs", "-h", f"{disk}?offset={MIB}"], capture_output=True, text=True, check=True).stdout
+    facts = {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+    free = int(facts["Free blocks"]) - int(facts["Reserved block count"])
+    filler = folder / "filler"
+    filler.write_bytes(os.urandom((free - 12) * int(facts["Block size"]) - 40 * 1024))
+    _debugfs(disk, MIB, f"write {filler} filler")
+
+
+def _break_tool(disk: Path, folder: Path) -> None:
+    broken = folder / "broken"
+    broken.write_text("#!/bin/sh\necho the hook cryptroot is broken >&2\nexit 1\n")
+    tool = "/usr/sbin/update-initramfs"
+    _debugfs(disk, _root_offset(disk), f"rm {tool}", f"write {broken} {tool}", f"sif {tool} mode 0100755")
+
+
+def _forbid_writing(disk: Path, _folder: Path) -> None:
+    run = ["tune2fs", "-O", "read-only", f"{disk}?offset={_root_offset(disk)}"]
+    subprocess.run(run, check=True, capture_output=True)
+
+
+@needs("debugfs", "dumpe2fs", "tune2fs")
+@pytest.mark.parametrize(
+    ("spoil", "said", "advice"),
+    [
+        (_fill_boot, r"no room for the drivers: .* KiB free on the file system of /boot", "Make room"),
+        (
+            _break_tool,
+            True,
+            "update-initramfs failed for .*the hook cryptroot is broken",
+            "Run that tool on the source",
+        ),
+        (_forbid_writing, "the root file system cannot be written", "is it mounted read-only"),
+    ],
+)
+def test_a_machine_that_cannot_be_changed_says_what_to_do(
+    source: LiveSource,
+    tmp_path: Path,
+    spoil: Callable[[Path, Path], None],
+    said: str,
+    advice: str,
+) -> None:
+    disk = tmp_path / "disk.raw"
+    subprocess.run(["cp", "--sparse=always", source.disks[0], disk], check=True)
+    disk.chmod(0o600)
+    spoil(disk, tmp_path)
+    spoiled = replace(source, disks=(disk,))
+    before = disk.stat().st_mtime_ns
+    with pytest.raises(AdaptationError, match=said) as caught:
+        adapt(
+            plan_adaptation(source.machine, rebuild=spoil is _break_tool),
+            source.machine,
+            source.kernel,
+            spoiled.drives(tmp_path),
+            tmp_path,
+        )
+    assert advice in caught.value.advice and "Nothing was changed" in caught.value.advice
+    assert disk.stat().st_mtime_ns == before
 
 
 def test_an_overlay_is_a_must(source: LiveSource, tmp_path: Path) -> None:
