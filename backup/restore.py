@@ -32,6 +32,7 @@ class PointOrigin:
         self, repository: Repository, point: Point, *, holes: Mapping[str, list[Extent]] | None = None
     ) -> None:
         self.session: None = None  # a machine at rest cannot be asked
+        self.adapted = False  # a point is the machine as it was
         self._repository, self._point, self._holes = repository, point, holes
 
     def inspect(self) -> Machine:

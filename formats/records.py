@@ -32,13 +32,17 @@ class StoredDisk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderRecord:
-    """What ``machine.json`` says. ``extra`` (verdict, stages, notices...) is for people and scripts; nothing here reads it."""
+    """What ``machine.json`` says; ``adapted``: the disks were fitted to any hardware.
+
+    ``extra`` (verdict, stages, notices...) is for people and scripts; nothing here reads it.
+    """
 
     machine: Machine
     disks: tuple[StoredDisk, ...]
     platform: str
     hardware: Hardware
     version: int = _VERSION
+    adapted: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -17,6 +17,7 @@ from formats.images import create_sink, open_source
 from formats.machine import Machine
 from formats.transfer import copy
 from p2v.adapt import ITEMS, AdaptPlan, GuestKernel, adapt, fetch_kernel, plan_adaptation, repair_of
+from p2v.collect.at_rest import RestFiles
 from p2v.console import Console, Stage, human_size, human_time, record
 from p2v.emit import Artifact, Emission, refill, refuse_existing, require_space
 from p2v.errors import AdaptationError, ConsistencyError, DoesNotBootError, LinkLostError
@@ -147,8 +148,8 @@ class Conversion:
                 if notice.code != "fuzzy-disk":  # told when it stays so
                     console.notice(notice)
             self._covered(capture, emission.plan)
-            kernel = self._kernel(machine, emission)
             sources = {disk_id: disk.source for disk_id, disk in capture.disks.items()}
+            kernel = self._kernel(machine, sources, emission)
             if consistency is Consistency.FUZZY:
                 self._rehearse(sources, machine, kernel, emission)
                 sources, consistency = self._stage(capture, sources, emission, stack)
@@ -176,22 +177,28 @@ class Conversion:
 
     # -- adapt and boot ----------------------------------------------------------------------------------------------
 
-    def _kernel(self, machine: Machine, emission: Emission) -> GuestKernel | None:
-        """What the adaptation boots; None when there is nothing to adapt, or no way to."""
+    def _kernel(self, machine: Machine, sources: Mapping[str, BlockSource], emission: Emission) -> GuestKernel | None:
+        """What the adaptation boots; None when there is nothing to adapt, or no way to: of a machine at rest that is told, and no error."""
         items = self._adaptation(machine).items
         if not items or not machine.boot.kernels:
             return None
-        if self._origin.session is None:
-            self._console.log("not adapted: the kernel of a machine at rest cannot be read yet")
+        files = self._origin.session or RestFiles.of(machine, sources)
+        try:
+            if files is None:
+                raise AdaptationError("neither its root nor its /boot is a file system that can be read here")
+            with self._console.stage("fetch kernel") as stage:
+                kernel = fetch_kernel(files, machine, emission.scratch)
+                stage.detail = f"{kernel.version}, to start on {kernel.controller}"
+        except AdaptationError as error:
+            if self._origin.session is not None:
+                raise
+            self._console.log(f"not adapted: {error.message}")
             return None
-        with self._console.stage("fetch kernel") as stage:
-            kernel = fetch_kernel(self._origin.session, machine, emission.scratch)
-            stage.detail = f"{kernel.version}, to start on {kernel.controller}"
         return kernel
 
     def _adaptation(self, machine: Machine) -> AdaptPlan:
         request = self._request
-        if not request.adapt:
+        if not request.adapt or (self._origin.adapted and not request.adapt_only):
             return AdaptPlan()
         hardware = profile_of(request.platform).default_hardware(machine)
         return plan_adaptation(machine, hardware, frozenset(request.adapt_only) or None)
@@ -278,15 +285,17 @@ class Conversion:
         tried = console.data.setdefault("adaptation", [])
         overlays = view.new_overlays(emission.scratch, f"adapted{len(tried)}")
         with console.stage("adapt") as stage:
-            done = adapt(
-                wanted,
-                machine,
-                kernel,
-                view.drives(overlays),
-                self._evidence(made, f"adapt{len(tried) or ''}"),
-                listen=lambda text: console.log(f"  {text:.110}"),
-            )
-            view.check()
+            try:
+                done = adapt(
+                    wanted,
+                    machine,
+                    kernel,
+                    view.drives(overlays),
+                    self._evidence(made, f"adapt{len(tried) or ''}"),
+                    listen=lambda text: console.log(f"  {text:.110}"),
+                )
+            finally:
+                view.check()  # a source that was lost explains whatever the machine said
             view.lay(overlays)
             self._adapted |= wanted.names
             stage.detail = f"{len(done.changes)} files changed in {human_time(done.seconds)}, see {done.audit}"
@@ -379,7 +388,8 @@ class Conversion:
             "notices": [record(notice) for notice in console.notices],
             "stages": [_timed(stage) for stage in console.stages],
         }
-        artifact = emission.publish(machine, facts)
+        adapted = self._origin.adapted or bool(self._adapted and self._adaptation(machine).names <= self._adapted)
+        artifact = emission.publish(machine, facts, adapted=adapted)
         console.data["artifact"] = record(artifact)
         console.data["consistency"] = consistency
         seen = f"verdict {verdict.level}/{verdict.result}" if verdict else "not seen to boot"

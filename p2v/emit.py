@@ -212,11 +212,11 @@ class Emission:
             )
         return report.text
 
-    def publish(self, machine: Machine, extra: Mapping[str, object]) -> Artifact:
+    def publish(self, machine: Machine, extra: Mapping[str, object], *, adapted: bool = False) -> Artifact:
         """Give disks and record their final names, then the definition; each is on stable storage before the next."""
         plan = self.plan
         definition = self.definition(machine)
-        texts = {RECORD: encode(self._record(machine, extra))}
+        texts = {RECORD: encode(self._record(machine, extra, adapted=adapted))}
         for name in sorted(definition.files, key=lambda name: name == definition.main):
             texts[name] = definition.files[name].encode()
         try:
@@ -241,11 +241,16 @@ class Emission:
             disks=tuple(plan.folder / disk.file for disk in plan.disks),
         )
 
-    def _record(self, machine: Machine, extra: Mapping[str, object]) -> FolderRecord:
+    def _record(self, machine: Machine, extra: Mapping[str, object], *, adapted: bool) -> FolderRecord:
         plan = self.plan
         disks = tuple(StoredDisk(id=d.disk_id, file=d.file, format=d.format, size=d.size) for d in plan.disks)
         return FolderRecord(
-            machine=machine, disks=disks, platform=plan.platform.name, hardware=plan.hardware, extra=extra
+            machine=machine,
+            disks=disks,
+            platform=plan.platform.name,
+            hardware=plan.hardware,
+            adapted=adapted,
+            extra=extra,
         )
 
     def definition(self, machine: Machine) -> Definition:

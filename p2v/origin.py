@@ -24,6 +24,11 @@ class OpenOrigin(Origin, Protocol):
     """An origin that also cleans up after killed runs. ``session`` reaches into the live machine; None where there is none."""
 
     @property
+    def adapted(self) -> bool:
+        """Whether the machine is known to have been fitted to any hardware already."""
+        ...
+
+    @property
     def session(self) -> Session | None:
         """The connection to the live machine."""
         ...

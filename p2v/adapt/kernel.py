@@ -11,6 +11,7 @@ from typing import Protocol
 
 from formats.machine import Kernel, Machine
 from p2v.adapt.linux import choose_controller
+from p2v.collect.at_rest import RestFiles
 from p2v.emulator import Controller
 from p2v.errors import AdaptationError
 from p2v.session import CommandResult
@@ -55,26 +56,35 @@ class GuestKernel:
     modules: tuple[Path, ...] = ()
 
 
-def fetch_kernel(session: Host, machine: Machine, folder: Path) -> GuestKernel:
-    """Read kernel and initramfs (and modules, where it drives no controller that QEMU has) from the live machine into ``folder``.
+def fetch_kernel(source: Host | RestFiles, machine: Machine, folder: Path) -> GuestKernel:
+    """Read kernel and initramfs from the machine into ``folder``: from the live one (with modules, where the initramfs drives no
+    controller that QEMU has), or from the files of one at rest.
 
     The running kernel is taken, else the last one that has an initramfs. Only root may read them on many systems. Raises
     ``AdaptationError`` when there is none that can be used, ``LinkLostError`` when the link is cut.
     """
     kernel = adaptation_kernel(machine)
     image, initramfs = folder / "kernel", folder / "initramfs"
-    _fetch(session, ["cat", kernel.image], image, _IMAGE_MOST)
-    _fetch(session, ["cat", kernel.initramfs], initramfs, _INITRAMFS_MOST)
     controller = choose_controller(kernel)
     modules: tuple[Path, ...] = ()
-    if controller is None:
-        controller, modules = Controller.SATA, _fetch_modules(session, kernel.version, folder)
+    if isinstance(source, RestFiles):
+        if controller is None:
+            raise AdaptationError(
+                f"the initramfs of {kernel.version} drives no controller that can be emulated", advice=f"{_NO_ADAPT}."
+            )
+        _save(source, kernel.image, image, _IMAGE_MOST)
+        _save(source, kernel.initramfs, initramfs, _INITRAMFS_MOST)
+    else:
+        _fetch(source, ["cat", kernel.image], image, _IMAGE_MOST)
+        _fetch(source, ["cat", kernel.initramfs], initramfs, _INITRAMFS_MOST)
+        if controller is None:
+            modules = _fetch_modules(source, kernel.version, folder)
     return GuestKernel(
         version=kernel.version,
         image=image,
         initramfs=initramfs,
         kind=kernel.initramfs_kind,
-        controller=controller,
+        controller=controller or Controller.SATA,
         modules=modules,
     )
 
@@ -90,6 +100,16 @@ def adaptation_kernel(machine: Machine) -> Kernel:
             advice=f"initramfs-tools and dracut are known. {_NO_ADAPT}.",
         )
     return next((k for k in able if k.version == machine.boot.running_kernel), able[-1])
+
+
+def _save(files: RestFiles, path: str, target: Path, most: int) -> None:
+    content = files.read(path, most)
+    if not content:
+        raise AdaptationError(
+            f"{path} cannot be read from the machine's disks",
+            advice=f"It lies on a file system that is not read here, or is not there. {_NO_ADAPT}.",
+        )
+    target.write_bytes(content)
 
 
 def _fetch(session: Host, command: Sequence[str] | str, target: Path, most: int) -> None:

@@ -70,7 +70,7 @@ def plan_adaptation(
         "names": f"names of disks that follow from the order in which they are found give way to UUIDs; {_LAST_RESORT}",
         "device-map": "GRUB's list of the disks names those of the source" if "grub" in machine.boot.loader else "",
         "lvm-devices": "LVM's list of devices would hide disks with other serial numbers"
-        if machine.volume_groups
+        if machine.volume_groups or any(volume.content == "LVM2_member" for volume in machine.volumes)
         else "",
         "network": _network(machine),
         "console": _console(machine),

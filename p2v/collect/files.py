@@ -20,6 +20,7 @@ from formats.errors import ImageError, Notice
 from formats.images import open_source
 from formats.layouts.partition import read_table
 from formats.machine import Boot, Bus, Disk, Firmware, Machine, PartitionTable, TableKind
+from p2v.collect.at_rest import learn
 
 _ESP = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
 _BIOS_BOOT = "21686148-6449-6e6f-744e-656564454649"
@@ -37,7 +38,8 @@ class _File:
 class FileOrigin:
     """A machine in files; nothing is ever written to them. ``disk_format`` states an image's format where its header is not to be trusted.
 
-    ``platform`` and ``hardware`` are what a definition or record says, "" and None for a bare image.
+    ``platform`` and ``hardware`` are what a definition or record says, "" and None for a bare image; ``recorded`` is whether there is a
+    record, ``adapted`` whether it says that the machine was fitted to any hardware.
     """
 
     def __init__(self, path: Path, *, disk_format: str | None = None) -> None:
@@ -45,12 +47,21 @@ class FileOrigin:
         self.session: None = None  # a machine at rest cannot be asked
         self.platform = ""
         self.hardware: Hardware | None = None
+        self.recorded = False
+        self.adapted = False
         self._format = disk_format
         self._files: tuple[_File, ...] = ()
         self._machine = self._read()
 
     def inspect(self) -> Machine:
-        """The machine's record; of a bare image what its partition table tells."""
+        """The machine's record: what was written beside it, or what definition, partition tables and a Linux system's own files tell."""
+        if not self.recorded:
+            with contextlib.ExitStack() as stack:
+                sources = {}
+                for file in self._files:
+                    source = sources[file.disk_id] = open_source(file.path, format=file.format)
+                    stack.callback(source.close)
+                self._machine = learn(self._machine, sources)
         return self._machine
 
     def capture(self, since: Mapping[str, Mark] | None = None) -> FilesCapture:
@@ -75,6 +86,7 @@ class FileOrigin:
     def _folder(self, folder: Path) -> Machine:
         record = records.read(folder)
         self.platform, self.hardware = record.platform, record.hardware
+        self.recorded, self.adapted = True, record.adapted
         self._files = tuple(_File(disk_id=d.id, path=folder / d.file, format=d.format) for d in record.disks)
         known = {disk.id: disk for disk in record.machine.disks}
         if missing := [d.id for d in record.disks if d.id not in known]:

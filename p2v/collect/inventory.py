@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,13 +186,18 @@ def memory(log: CommandLog) -> int:
 
 def system(log: CommandLog) -> OperatingSystem:
     """The operating system, by os-release."""
-    release = _assignments(log.text("os-release"))
+    return release(log.text("os-release"), init=log.text("init").strip())
+
+
+def release(text: str, *, init: str = "") -> OperatingSystem:
+    """A Linux system, by the text of its os-release."""
+    found = _assignments(text)
     return OperatingSystem(
         family="linux",
-        id=release.get("ID", ""),
-        version=release.get("VERSION_ID", ""),
-        name=release.get("PRETTY_NAME", ""),
-        init=log.text("init").strip(),
+        id=found.get("ID", ""),
+        version=found.get("VERSION_ID", ""),
+        name=found.get("PRETTY_NAME", ""),
+        init=init,
     )
 
 
@@ -289,7 +294,14 @@ def kernels(log: CommandLog) -> Iterator[Kernel]:
     """The kernels in /boot, each with what its initramfs holds."""
     files = {line.split(" ", 1)[0] for line in log.text("boot").splitlines()}
     images = initramfs.parse(log.stdout("initramfs"))
-    builtin = dict(log.family("builtin"))
+    builtin = {name: result.text.split() for name, result in log.family("builtin") if result.exit_code == 0}
+    yield from kernels_of(files, images, builtin)
+
+
+def kernels_of(
+    files: Collection[str], images: Mapping[str, initramfs.Image], builtin: Mapping[str, Sequence[str]]
+) -> Iterator[Kernel]:
+    """The kernels among the files of /boot, with what their initramfs ``images`` and lists of ``builtin`` modules (by version) say."""
     for path in sorted(files):
         match = re.fullmatch(r"/boot/(?:vmlinuz|vmlinux|kernel|bzImage)-(.+)", path)
         if match is None or path.endswith((".old", ".hmac", ".sig")):
@@ -297,7 +309,7 @@ def kernels(log: CommandLog) -> Iterator[Kernel]:
         version = match[1]
         ram = next((name for p in _INITRAMFS if (name := p.format(v=version)) in files), "")
         image = images.get(ram)
-        modules = builtin[version].text.split() if version in builtin and builtin[version].exit_code == 0 else None
+        modules = builtin.get(version)
         yield Kernel(
             version=version,
             image=path,

@@ -52,6 +52,7 @@ class SshOrigin:
         self._notice = notice or (lambda _: None)
         self._session: Session | None = None
         self._lock = threading.Lock()
+        self.adapted = False
         self.inspection: Inspection | None = None
 
     @property

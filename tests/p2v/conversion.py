@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,20 +55,27 @@ def address(machine: PhysicalMachine, user: str = "root") -> list[str]:
 
 
 def interrupted(
-    words: list[str],
-    stage: str,
-    number: signal.Signals,
-    log: Path,
-    *,
-    until: str = "",
-    pause: float = 1.0,
-    timeout: float = 600,
+    words: list[str], stage: str, number: signal.Signals, log: Path, *, until: str = "", pause: float = 1.0
 ) -> int:
     """Run p2v until its log announces ``stage`` (and then shows the pattern ``until``), send the signal ``pause`` seconds later, and return
     the exit code.
 
     Negative: it died of the signal.
     """
+    return disturbed(words, stage, lambda process: process.send_signal(number), log, until=until, pause=pause)
+
+
+def disturbed(
+    words: list[str],
+    stage: str,
+    act: Callable[[subprocess.Popen[bytes]], None],
+    log: Path,
+    *,
+    until: str = "",
+    pause: float = 1.0,
+    timeout: float = 600,
+) -> int:
+    """The same with anything that happens: ``act`` gets the process."""
     with log.open("wb") as stream:
         process = subprocess.Popen([P2V, *words], stdout=stream, stderr=stream)
         try:
@@ -78,8 +86,8 @@ def interrupted(
                 assert time.monotonic() < deadline, f"never came to {stage}: {log.read_text(errors='replace')}"
                 time.sleep(0.02)
             time.sleep(pause)  # into the stage, not onto its edge
-            process.send_signal(number)
-            return process.wait(timeout=120)
+            act(process)
+            return process.wait(timeout=300)
         finally:
             process.kill()
             process.wait()

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from formats import qemu_img
+from p2v.errors import LinkLostError
 from tests.machines.physical import PhysicalMachine
-from tests.p2v.conversion import address, final_names, interrupted, left_on, p2v
+from tests.p2v.conversion import address, disturbed, final_names, interrupted, left_on, p2v
 from tests.requirement import needs, needs_root
 
 pytestmark = [
@@ -22,6 +23,7 @@ pytestmark = [
     pytest.mark.timeout(1500),
 ]
 
+COPY = "copy metal1-disk0.qcow2"
 GUARD_BOUND = 90  # seconds until the guard on the source has cleaned up by itself when its collector is gone
 
 
@@ -70,9 +72,7 @@ def test_a_machine_without_kernel_stops_before_the_copy(physical_bios_lvm: Physi
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize(
-    "stage", ["inspect", "capture", "boot check", "copy metal1-disk0.qcow2", "second opinion on metal1-disk0.qcow2"]
-)
+@pytest.mark.parametrize("stage", ["inspect", "capture", "boot check", COPY, "second opinion on metal1-disk0.qcow2"])
 def test_stopped_in_every_stage(
     physical_bios_lvm: PhysicalMachine, tmp_path: Path, stage: str, number: signal.Signals
 ) -> None:
@@ -87,14 +87,50 @@ def test_stopped_in_every_stage(
     assert left_on(physical_bios_lvm, within=bound) == ""
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("fault", ["link cut", "reset"])
+@pytest.mark.parametrize("stage", ["inspect", "capture", "adapt", "boot check", COPY])
+def test_the_source_is_lost_in_every_stage(
+    physical_bios_lvm: PhysicalMachine, tmp_path: Path, stage: str, fault: str
+) -> None:
+    physical = physical_bios_lvm
+    words = ["convert", *address(physical), "--to", "libvirt", "-o", str(tmp_path / "vm")]
+    if stage not in {"adapt", "boot check"}:
+        words += ["--boot-check", "none", "--no-adapt"]
+
+    def lose(_process: object) -> None:
+        if fault == "reset":
+            physical.reset(wait=False)
+        else:
+            physical.set_link(up=False)
+
+    log = tmp_path / "log"
+    until = "([1-9][0-9] %)" if stage == COPY else ""
+    try:
+        code = disturbed(words, stage, lose, log, until=until)
+    finally:
+        physical.set_link(up=True)
+        physical.wait_for_ssh()
+    assert code == LinkLostError.exit_code, log.read_text()
+    assert final_names(tmp_path / "vm") == []
+    if fault == "reset":
+        cleaned = p2v("cleanup", *address(physical))
+        assert cleaned.code in {0, 3}, cleaned.log
+    assert left_on(physical, within=0 if fault == "reset" else GUARD_BOUND) == ""
+    if stage == COPY:
+        run = p2v(*words)
+        assert run.code == 3, run.log  # not seen to boot
+        disk = next(iter(run.envelope["data"]["copied"].values()))
+        print(f"{fault}: {disk['kept']} bytes were kept, {disk['read']} sent again")
+        assert disk["kept"] > 30 << 20
+        assert left_on(physical) == ""
+
+
 def test_interrupted_in_the_copy_and_resumed(physical_bios_lvm: PhysicalMachine, tmp_path: Path) -> None:
     folder = tmp_path / "vm"
     words = ["convert", *address(physical_bios_lvm), "--to", "qemu", "-o", str(folder), "--boot-check", "none"]
     log = tmp_path / "log"
-    assert (
-        interrupted(words, "copy metal1-disk0.qcow2", signal.SIGINT, log, until="(10 %)|(1[0-9] %)|([2-9][0-9] %)")
-        == 130
-    )
+    assert interrupted(words, COPY, signal.SIGINT, log, until="(10 %)|(1[0-9] %)|([2-9][0-9] %)") == 130
     assert (folder / ".metal1.part" / "metal1-disk0.qcow2").exists()  # hidden, to go on with
     assert final_names(folder) == []
     assert left_on(physical_bios_lvm) == ""

@@ -166,7 +166,7 @@ def test_a_copy_that_broke_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     class Remote(RawFile):
         def readinto(self, buffer: memoryview, offset: int) -> None:
             nonlocal sent
-            if broken and offset >= 16 * MIB:
+            if broken and offset >= 16 * MIB and sent > MIB:  # not the look at what lies on the disk
                 raise LinkLostError("the link was cut")
             sent += len(buffer)
             super().readinto(buffer, offset)
