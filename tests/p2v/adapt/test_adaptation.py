@@ -135,7 +135,6 @@ def _forbid_writing(disk: Path, _folder: Path) -> None:
         (_fill_boot, r"no room for the drivers: .* KiB free on the file system of /boot", "Make room"),
         (
             _break_tool,
-            True,
             "update-initramfs failed for .*the hook cryptroot is broken",
             "Run that tool on the source",
         ),
