@@ -1,0 +1,144 @@
+"""Commands that bring back what is stored."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from backup.cli.base import OUTPUT, PLACE, Place, app
+from formats.errors import Notice, UsageError
+from p2v.cli import Output, perform
+from p2v.console import Console, human_size
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command
+def restore(
+    point: str,
+    /,
+    *,
+    to: str = "",
+    destination: Annotated[Path | None, Parameter(name="--output", alias="-o")] = None,
+    disk_format: Annotated[str, Parameter(name="--disk-format")] = "",
+    name: str = "",
+    boot_check: Annotated[str, Parameter(name="--boot-check")] = "none",
+    disk: int | None = None,
+    device: Path | None = None,
+    salvage: bool = False,
+    place: Place = PLACE,
+    output: Output = OUTPUT,
+) -> int:
+    """Bring a machine back as a VM for a platform (--to, -o), or one disk to a device or file (--disk, --device).
+
+    Parameters
+    ----------
+    point
+        its id or a unique beginning, `latest`, or MACHINE@latest.
+    to
+        target platform; see `p2v platforms`.
+    destination
+        folder for disks and definition; made if it is not there.
+    disk_format
+        disk format, instead of the platform's usual one.
+    name
+        name of the virtual machine, instead of the machine's own.
+    boot_check
+        `boots`: see it boot from the repository before the copy. `none`: do not.
+    disk
+        number of the disk to restore, the boot disk being 0.
+    device
+        block device to write over, or new file.
+    salvage
+        go on past damage: what cannot be read becomes zeroes and is listed.
+    """
+
+    def action(console: Console) -> None:
+        from backup.place import open_repository
+        from backup.restore import PointOrigin, disk_number, no_holes, restore_disk
+
+        if (
+            (to == "") == (device is None)
+            or (device is None) != (disk is None)
+            or (to != "") != (destination is not None)
+        ):
+            raise UsageError("say where to", advice="Either --to PLATFORM -o FOLDER, or --disk N --device DEV.")
+        with open_repository(place.repo) as repository:
+            found = repository.find_point(point)
+            holes = no_holes(found) if salvage else None
+            origin = PointOrigin(repository, found, holes=holes)
+            console.data["point"] = found.name
+            if destination is not None:
+                from p2v.convert import Conversion, Request
+
+                request = Request(
+                    platform=to, destination=destination, disk_format=disk_format, name=name, boot_check=boot_check,
+                    adapt=False, restore=True,
+                )  # fmt: skip
+                Conversion(origin, request, console).run()
+            elif device is not None and disk is not None:
+                with origin.capture() as capture, console.stage(f"restore disk {disk}") as stage:
+                    source = capture.disks[disk_number(found, disk)].source
+                    done = restore_disk(source, device, console.progress("restore"))
+                    stage.detail = f"{human_size(done.read)} of {human_size(done.size)} written to {device}"
+                console.data["restored"] = {"size": done.size, "read": done.read, "written": done.written}
+            for disk_id, lost in (holes or {}).items():
+                for hole in sorted(lost):
+                    message = f"{hole.length} bytes at {hole.start} could not be restored; zeroes are in their place"
+                    console.notice(Notice(code="hole", message=message, subject=disk_id))
+
+    return perform("restore", output, action)
+
+
+@app.command
+def serve(
+    point: str,
+    /,
+    *,
+    socket: Path | None = None,
+    port: int | None = None,
+    writable: bool = False,
+    place: Place = PLACE,
+    output: Output = OUTPUT,
+) -> int:
+    """Serve the disks of a point over NBD until interrupted: a machine can start from the repository at once.
+
+    Parameters
+    ----------
+    point
+        its id or a unique beginning, `latest`, or MACHINE@latest.
+    socket
+        path of the Unix socket, instead of one in a private folder.
+    port
+        TCP port on the loopback address; 0: any. Open to every user of the computer.
+    writable
+        take writes into memory; they are gone at the end, and the point does not change.
+    """
+
+    def action(console: Console) -> None:
+        from backup.place import open_repository
+        from backup.reader import StoredCapture
+        from backup.restore import serving
+
+        with (
+            open_repository(place.repo) as repository,
+            StoredCapture(repository, repository.find_point(point)) as capture,
+            serving(capture, socket=socket, port=port, writable=writable) as (server, uris),
+        ):
+            console.data["uris"] = uris
+            for number, uri in enumerate(uris):
+                console.say(f"disk {number}  {uri}")
+            console.stdout.flush()
+            ended = threading.Event()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, lambda *_: ended.set())
+            ended.wait()
+            if server.error is not None:
+                raise server.error
+
+    return perform("serve", output, action)

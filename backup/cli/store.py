@@ -1,0 +1,116 @@
+"""Commands that make a repository and store machines in it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from backup.chunk import USUAL
+from backup.cli.base import CONNECTION, OUTPUT, PLACE, Place, app, summary
+from formats.errors import UsageError
+from p2v.cli import Connection, Output, perform
+from p2v.console import Console, human_size
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command
+def init(*, chunker: str = USUAL, place: Place = PLACE, output: Output = OUTPUT) -> int:
+    """Make a repository in an empty directory. Everything in it is encrypted: without a password or the paper key it is lost.
+
+    Parameters
+    ----------
+    chunker
+        how disks are cut: aligned-MINIMUM-USUAL-MAXIMUM follows content; fixed-SIZE is a grid, for disks that hold a data base alone.
+    """
+
+    def action(console: Console) -> None:
+        from backup.chunk import chunker_named
+        from backup.place import open_store, password
+        from backup.repository import Repository
+
+        chunker_named(chunker, bytes(32))
+        store = open_store(place.repo, make=True)
+        made = Repository.create(store, password(prompt="new password: ", twice=True), chunker=chunker)
+        console.data["repository"] = {"id": made.config.id}
+        console.say(
+            f"repository {made.config.id} made. Keep its paper key in a safe place: p2v-backup key export -o FILE"
+        )
+
+    return perform("init", output, action)
+
+
+@app.command
+def backup(
+    source: str,
+    /,
+    *,
+    tag: tuple[str, ...] = (),
+    full: bool = False,
+    level: int = 3,
+    threads: int = 0,
+    place: Place = PLACE,
+    connection: Connection = CONNECTION,
+    output: Output = OUTPUT,
+) -> int:
+    """Store a machine as it is now. What the repository holds already is not stored again.
+
+    Parameters
+    ----------
+    source
+        root@host, ssh://user@host:port, or the path of an image, definition or folder that `p2v convert` wrote.
+    tag
+        a word to find the point by; may be given several times.
+    full
+        read everything, whatever the source says of changes.
+    level
+        zstd level of what is new, 1 to 19.
+    threads
+        worker threads; 0: as many as fit the computer.
+    """
+
+    def action(console: Console) -> None:
+        from backup.chunk import chunker_named
+        from backup.engine import Backup
+        from backup.place import open_repository
+        from p2v.origin import open_origin
+
+        if not 1 <= level <= 19:
+            raise UsageError(f"there is no zstd level {level}", advice="Choose 1 to 19.")
+        workers = threads or min(6, (os.cpu_count() or 2) + 2)
+        with (
+            open_repository(place.repo, level=level) as repository,
+            open_origin(source, connection.identity, connection.known_hosts, console) as origin,
+            Backup(
+                repository,
+                chunker_named(repository.config.chunker, repository.keyring.cut_key),
+                threads=workers,
+                progress=console.progress("back up"),
+                notice=console.notice,
+            ) as work,
+        ):
+            with console.stage("inspect"):
+                name = origin.inspect().name
+            parent = next((point for point in reversed(work.points) if point.machine.name == name), None)
+            marks = {d.id: d.mark for d in parent.disks if d.mark is not None} if parent and not full else {}
+            with console.stage("back up") as stage, origin.capture(marks) as capture:
+                for notice in capture.notices:
+                    console.notice(notice)
+                point = work.store(capture, source=_without_password(source), tags=tag, parent=parent)
+                done = work.statistics
+                stage.detail = (
+                    f"{human_size(done.read)} read, {human_size(done.new_bytes)} new, {human_size(done.stored)} stored"
+                )
+            if marks:
+                origin.retire(list(marks.values()))
+        console.data |= {"point": summary(point, repository), "statistics": done.as_mapping(), "parent": point.parent}
+        console.say(f"point {point.short} of {point.machine.name}: {stage.detail}")
+
+    return perform("backup", output, action)
+
+
+def _without_password(source: str) -> str:
+    user, at, host = source.rpartition("@")
+    scheme, mark, name = user.rpartition("://")
+    return f"{scheme}{mark}{name.partition(':')[0]}@{host}" if at else source
