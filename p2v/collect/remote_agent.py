@@ -216,16 +216,17 @@ class Device:
         high += -high % PAGE
         got = 0
         while low + got < offset + length:
+            direct = self.direct  # before the read: another worker may give it up meanwhile
             try:
                 step = self.pread(view[got : high - low], low + got)
             except OSError as error:
-                if error.errno == errno.EINVAL and self.direct:
+                if error.errno == errno.EINVAL and direct:
                     self.refuse_direct()
                     continue
                 self.raise_if_gone(error)
                 error.filename = max(low + got, offset)  # carries the place to the reply
                 raise
-            if step == 0 or (self.direct and step % 512):
+            if step == 0 or (direct and step % 512):
                 raise Vanished("it ends at byte %d now, it had %d" % (low + got + step, self.size))
             got += step
         return offset - low
@@ -243,10 +244,10 @@ class Device:
     def refuse_direct(self) -> None:
         with self.lock:
             if self.direct:
-                self.direct = False
-                fd = os.open(self.path, self.open_flags())
+                fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
                 os.dup2(fd, self.fd)
                 os.close(fd)
+                self.direct = False  # last: whoever sees it reads through the new descriptor
 
     def raise_if_gone(self, error: OSError) -> None:
         if error.errno in GONE:
@@ -293,8 +294,9 @@ def find_runs(buffer: memoryview, start: int, length: int, offset: int) -> "list
     step = PAGE - offset % PAGE
     while position < end:
         stop = min(position + step, end)
-        piece = bytes(buffer[position:stop])
-        if piece == (ZERO_PAGE if stop - position == PAGE else ZERO_PAGE[: stop - position]):
+        # Most data is told by a byte at either end, without a copy.
+        zero = not buffer[position] and not buffer[stop - 1]
+        if zero and bytes(buffer[position:stop]) == ZERO_PAGE[: stop - position]:
             if run >= 0:
                 runs.append((run - start, position - run))
                 run = -1
