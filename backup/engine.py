@@ -155,51 +155,52 @@ class Backup:
     # -- the run ---------------------------------------------------------------------------------------------------
 
     def store(
-        self, capture: Capture, *, source: str = "", tags: Sequence[str] = (), parent: Point | None = None
+        self,
+        capture: Capture,
+        *,
+        source: str = "",
+        tags: Sequence[str] = (),
+        parent: Point | None = None,
+        original: Point | None = None,
     ) -> Point:
         """Store a capture and return the committed point.
 
-        ``parent`` is compared with, disk by disk; it must be the point whose marks the capture was opened with. Every disk of
-        the machine that is
-        not in the capture is named in the point and by a notice. Raises what sources and the store raise; nothing is committed then.
+        ``parent`` is compared with, disk by disk; it must be the point that the capture says its changes against. Every disk of the machine
+        that is not in the capture is named in the point and by a notice. With ``original`` the point is a copy of that one, of another
+        repository: its time and what was said of it are kept. Raises what sources and the store raise; nothing is committed then.
         """
         if self._broken:
             raise ValueError("a run that failed cannot go on: what it promised to store may be missing")
         self._broken = True
-        point = self._store(capture, source, tags, parent)
+        point = self._store(capture, source, tags, parent, original)
         self._broken = False
         return point
 
-    def _store(self, capture: Capture, source: str, tags: Sequence[str], parent: Point | None) -> Point:
-        machine, disks = capture.machine, []
+    def _store(
+        self, capture: Capture, source: str, tags: Sequence[str], parent: Point | None, original: Point | None
+    ) -> Point:
+        disks = []
         for disk_id, captured in capture.disks.items():
             before = parent.disk(disk_id) if parent else None
             disks.append(self._disk(disk_id, captured, capture, before, parent.audit if parent else 0))
-        missing = tuple(
-            Missing(
-                id=disk.id, reason="the capture did not hold it" if machine.belongs(disk) else "removable or on USB"
-            )
-            for disk in machine.disks
-            if disk.id not in capture.disks
-        )
-        for disk in missing:
-            self._notice("disk-missing", f"this disk of the machine is not in the point: {disk.reason}", disk.id)
+        missing = original.missing if original else self._missing(capture)
         self._flush()
         self.lease.require()
         point = self.repository.commit(
             Point(
                 version=1,
                 kind="disks",
-                time=self._clock().isoformat(timespec="milliseconds"),
-                machine=machine,
+                time=original.time if original else self._clock().isoformat(timespec="milliseconds"),
+                machine=capture.machine,
                 source=source,
                 disks=tuple(disks),
                 parent=parent.name if parent else "",
                 missing=missing,
                 tags=tuple(tags),
-                notices=(*capture.notices, *self._notices),
+                notices=(*(original or capture).notices, *self._notices),
                 statistics=self.statistics.as_mapping(),
                 audit=(parent.audit if parent else 0) + self._audit,
+                copy_of=original.original if original else "",
             )
         )
         try:
@@ -211,12 +212,26 @@ class Backup:
         self.repository.refresh()
         return point
 
+    def _missing(self, capture: Capture) -> tuple[Missing, ...]:
+        """The disks of the machine that the capture does not hold; each is told."""
+        machine = capture.machine
+        missing = tuple(
+            Missing(
+                id=disk.id, reason="the capture did not hold it" if machine.belongs(disk) else "removable or on USB"
+            )
+            for disk in machine.disks
+            if disk.id not in capture.disks
+        )
+        for disk in missing:
+            self._notice("disk-missing", f"this disk of the machine is not in the point: {disk.reason}", disk.id)
+        return missing
+
     def _disk(
         self, disk_id: str, captured: CapturedDisk, capture: Capture, before: PointDisk | None, cursor: int
     ) -> PointDisk:
         source = captured.source
         old = self.repository.tree(before) if before is not None else None
-        changes = capture.changes(disk_id) if before is not None and before.mark is not None else None
+        changes = capture.changes(disk_id) if before is not None else None
         leaves: dict[int, bytes] = {}
         root: bytes | None = None
         if isinstance(changes, Changed) and old is not None:

@@ -108,6 +108,10 @@ class Tree:
         self.root, self.size, self._load = root, size, load
         self.level = level(size)
 
+    def page(self, page_id: bytes) -> bytes:
+        """The page with this id."""
+        return self._load(page_id)
+
     def leaf(self, number: int) -> bytes:
         """The id of the leaf of span ``number``; ``NOTHING`` for zeroes."""
         page, below = self.root, self.level
@@ -152,6 +156,39 @@ class Tree:
         if at:
             for child in decode_inner(self._load(page)):
                 yield from self._pages(child, at - 1)
+
+
+def differing(old: Tree, new: Tree) -> Iterator[int]:
+    """The spans of ``new``, ascending, whose leaves are not those of ``old``, and those that reach past the end of ``old``.
+
+    Pages that both share are not read.
+    """
+    last = span_count(new.size)
+    shared = last if old.size >= new.size else old.size // SPAN
+    top = max(old.level, new.level)
+    return _differing((old, old.root), (new, new.root), top, 0, (shared, last))
+
+
+def _differing(
+    one: tuple[Tree, bytes], other: tuple[Tree, bytes], at: int, base: int, ends: tuple[int, int]
+) -> Iterator[int]:
+    shared, last = ends
+    # Above its root a tree has no pages: there its root stands for a page of another level.
+    real = one[1] == NOTHING or at <= min(one[0].level, other[0].level)
+    if base >= last or (one[1] == other[1] and real and min(base + FAN**at, last) <= shared):
+        return
+    if not at:
+        yield base
+        return
+    step = FAN ** (at - 1)
+    for number, (mine, theirs) in enumerate(zip(_children(*one, at), _children(*other, at), strict=True)):
+        yield from _differing((one[0], mine), (other[0], theirs), at - 1, base + number * step, ends)
+
+
+def _children(tree: Tree, page: bytes, at: int) -> list[bytes]:
+    if at > tree.level:
+        return [page] + [NOTHING] * (FAN - 1)
+    return [NOTHING] * FAN if page == NOTHING else decode_inner(tree.page(page))
 
 
 def rebuild(size: int, leaves: Mapping[int, bytes], save: Save, old: Tree | None = None) -> bytes:

@@ -99,13 +99,15 @@ def password(
 
 
 @contextlib.contextmanager
-def open_repository(place: str, *, level: int = 3) -> Iterator[Repository]:
-    """Open the repository at ``place`` with the password from the environment or terminal."""
+def open_repository(
+    place: str, *, level: int = 3, variable: str = "P2V_PASSWORD", prompt: str = "password of the repository: "
+) -> Iterator[Repository]:
+    """Open the repository at ``place`` with the password from the environment's ``variable`` or the terminal."""
     store = open_store(place)
     with contextlib.closing(store):
         Repository.require(store)  # before a password is asked for
         home = os.environ.get("XDG_CACHE_HOME")
         cache = (Path(home) if home else Path.home() / ".cache") / "p2v-toolkit" / "repositories"
-        repository = Repository.open(store, password(), level=level, cache=cache)
+        repository = Repository.open(store, password(variable, prompt), level=level, cache=cache)
         with contextlib.closing(repository):
             yield repository

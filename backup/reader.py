@@ -12,7 +12,7 @@ from backup.errors import ObjectDamagedError, ObjectMissingError
 from backup.keys import CHUNK
 from backup.manifest import SPAN, Entry, span_count, span_length
 from backup.repository import Point, PointDisk, Repository
-from formats.block import Extent, Kind, check_range, gaps_filled, merged
+from formats.block import BlockSource, Extent, Kind, check_range, gaps_filled, merged
 from formats.capture import CapturedDisk, Changed, Unknown
 from formats.errors import Notice
 from formats.machine import Machine
@@ -25,10 +25,20 @@ class StoredDisk:
     """A disk of a point; a ``BlockSource``. Memory: the caches above and what readers ask for.
 
     With ``holes`` given, a chunk that cannot be had reads as zeroes and its extent is appended there, once; otherwise its error is raised.
+    ``seed`` is another state of the disk, as the device that it was on: chunks that it holds at their place are taken from there, shown by
+    their ids, and counted in ``bytes_kept``. It stays the caller's.
     """
 
-    def __init__(self, repository: Repository, disk: PointDisk, *, holes: list[Extent] | None = None) -> None:
-        self.disk, self._repository, self._holes = disk, repository, holes
+    def __init__(
+        self,
+        repository: Repository,
+        disk: PointDisk,
+        *,
+        holes: list[Extent] | None = None,
+        seed: BlockSource | None = None,
+    ) -> None:
+        self.disk, self._repository, self._holes, self._seed = disk, repository, holes, seed
+        self.bytes_kept = 0
         self._tree = repository.tree(disk)
         self._chunks: OrderedDict[bytes, bytes] = OrderedDict()
         self._held = 0
@@ -76,6 +86,8 @@ class StoredDisk:
             for _, entry in pieces:
                 if entry.id is not None and (content := self._chunks.get(entry.id)) is not None:
                     found[entry.id] = content
+        if self._seed is not None:
+            found |= self._seeded(self._seed, number * SPAN, [piece for piece in pieces if piece[1].id not in found])
         wanted = [entry.id for _, entry in pieces if entry.id is not None and entry.id not in found]
         try:
             found |= self._repository.blobs(wanted, CHUNK)
@@ -88,6 +100,19 @@ class StoredDisk:
                 raise ObjectDamagedError(
                     f"a chunk at {number * SPAN + start} has another length than its manifest says"
                 )
+        return found
+
+    def _seeded(self, seed: BlockSource, base: int, pieces: list[tuple[int, Entry]]) -> dict[bytes, bytes]:
+        """The chunks that the seed holds where the disk has them."""
+        found: dict[bytes, bytes] = {}
+        for start, (length, chunk) in pieces:
+            if chunk is not None and base + start + length <= seed.size:
+                content = bytearray(length)
+                seed.readinto(memoryview(content), base + start)
+                if self._repository.keyring.id(CHUNK, content) == chunk:
+                    found[chunk] = bytes(content)
+        with self._lock:
+            self.bytes_kept += sum(map(len, found.values()))
         return found
 
     def _salvaged(self, number: int, pieces: list[tuple[int, Entry]], have: dict[bytes, bytes]) -> dict[bytes, bytes]:
@@ -173,7 +198,7 @@ class StoredCapture:
     def __init__(
         self, repository: Repository, point: Point, *, holes: Mapping[str, list[Extent]] | None = None
     ) -> None:
-        self.point = point
+        self.repository, self.point = repository, point
         self.machine: Machine = point.machine
         self._sources = {
             disk.id: StoredDisk(repository, disk, holes=None if holes is None else holes[disk.id])

@@ -99,7 +99,10 @@ class Missing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """What a point says. ``name`` is the hex of its object's name; it is not stored."""
+    """What a point says. ``name`` is the hex of its object's name; it is not stored.
+
+    ``copy_of`` is the name of the point of another repository that it is a copy of, the first of them where copies were copied.
+    """
 
     version: int
     kind: str
@@ -113,7 +116,13 @@ class Point:
     notices: tuple[Notice, ...] = ()
     statistics: Mapping[str, float] = field(default_factory=dict)
     audit: int = 0
+    copy_of: str = ""
     name: str = ""
+
+    @property
+    def original(self) -> str:
+        """The name under which it was made first: the same for all its copies."""
+        return self.copy_of or self.name
 
     @property
     def short(self) -> str:

@@ -8,17 +8,19 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from backup.reader import StoredCapture
-from backup.repository import Point, Repository
+from backup.reader import StoredCapture, StoredDisk
+from backup.repository import Point, PointDisk, Repository
 from formats.block import BlockSink, BlockSource, Extent, data_bytes
 from formats.capture import Mark
 from formats.errors import UsageError
 from formats.images import create_sink
+from formats.images.raw import RawFile, RawSink
 from formats.layers import Cached
 from formats.machine import Machine
 from formats.nbd import NbdServer
 from formats.overlay import Overlay
 from formats.progress import Progress
+from formats.refill import Refill
 from formats.transfer import Transferred, copy
 from p2v.plan import disks_of
 
@@ -93,6 +95,22 @@ def restore_disk(source: BlockSource, device: Path, progress: Progress) -> Trans
         if target is not device:
             target.unlink(missing_ok=True)
     return done
+
+
+def revert_disk(repository: Repository, disk: PointDisk, device: Path, progress: Progress) -> tuple[Transferred, int]:
+    """Bring a device, or a raw image, that holds another state of the disk back to that of the point, and return the bytes that were right.
+
+    What it holds is read and told by its chunks' ids; the rest comes from the repository, and only blocks that differ are written.
+    Bytes behind the disk's end stay as they are. ``NoSpaceError`` for a device that is too small.
+    """
+    with (
+        contextlib.closing(RawSink(device, disk.size, keep=True)) as sink,
+        contextlib.closing(RawFile(device)) as there,
+        contextlib.closing(StoredDisk(repository, disk, seed=there)) as source,
+    ):
+        done = copy(source, Refill(there, sink), progress=progress, total=data_bytes(source), blank=False)
+        sink.flush()
+    return done, source.bytes_kept
 
 
 @contextlib.contextmanager

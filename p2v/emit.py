@@ -23,16 +23,17 @@ from typing import Self
 import msgspec
 
 from formats import qemu_img
-from formats.block import BlockSource, Kind
+from formats.block import BlockSource
 from formats.definitions import Definition, render
 from formats.errors import ImageError, NoSpaceError, ToolkitError, UsageError, WriteError
 from formats.images import create_sink, image_format, open_source
 from formats.layers import Seeded
 from formats.layouts.window import Window
 from formats.machine import Machine
-from formats.nbd import NbdDisk, connect
+from formats.nbd import connect
 from formats.progress import Progress
 from formats.records import RECORD, FolderRecord, StoredDisk, encode
+from formats.refill import Refill
 from formats.transfer import Fingerprint, Transferred, copy, fingerprint
 from p2v.plan import DiskPlan, Plan
 
@@ -306,36 +307,6 @@ def refill(
     server = qemu_img.Server(path, image_format(format).driver, writable=True)
     with server, contextlib.closing(connect(server.uri)) as image:
         seeded = Seeded(source, image)
-        done = copy(seeded, _Refilled(image), progress=progress, total=total, blank=False)
+        done = copy(seeded, Refill(image, image), progress=progress, total=total, blank=False)
         image.flush()
     return Copied(done=done, kept=seeded.bytes_kept)
-
-
-class _Refilled:
-    """A sink over an image that holds an earlier copy: what is there already is not written again, which would take time and room."""
-
-    random_access = True
-
-    def __init__(self, image: NbdDisk) -> None:
-        self._image = image
-        self.size = image.size
-
-    def write(self, data: memoryview, offset: int) -> None:
-        """Write what differs."""
-        there = memoryview(bytearray(len(data)))
-        self._image.readinto(there, offset)
-        if there != data:
-            self._image.write(data, offset)
-
-    def zero(self, start: int, length: int) -> None:
-        """Zero what holds data."""
-        for extent in self._image.extents(start, length):
-            if extent.kind is Kind.DATA:
-                self._image.zero(extent.start, extent.length)
-
-    def flush(self) -> None:
-        """Bring it to stable storage."""
-        self._image.flush()
-
-    def close(self) -> None:
-        """The image is closed by its owner."""

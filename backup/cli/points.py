@@ -9,7 +9,9 @@ from p2v.cli import Output, perform
 from p2v.console import Console, human_size, record
 
 if TYPE_CHECKING:
-    pass
+    from backup.compare import DiskDifference
+
+_SHOWN = 20  # ranges of a disk that `diff` shows to a person
 
 
 @app.command
@@ -77,3 +79,54 @@ def show(point: str, /, *, place: Place = PLACE, output: Output = OUTPUT) -> int
             console.say(f"  {item.get('kind')}    {item.get('time')}")
 
     return perform("show", output, action)
+
+
+@app.command
+def diff(old: str, new: str, /, *, place: Place = PLACE, output: Output = OUTPUT) -> int:
+    """Say which ranges of the disks differ between two points of a machine. Exit code 4 when any does.
+
+    Only what is not stored once for both is read.
+
+    Parameters
+    ----------
+    old
+        the id of a point or a unique beginning, `latest`, or MACHINE@latest.
+    new
+        another one.
+    """
+
+    def action(console: Console) -> int | None:
+        from backup.compare import compare
+        from backup.place import open_repository
+
+        with open_repository(place.repo) as repository:
+            known = repository.points()
+            before, after = (repository.find_point(text, known) for text in (old, new))
+            found = list(compare(repository, before, after))
+        console.data |= {"old": before.name, "new": after.name, "disks": [_difference(disk) for disk in found]}
+        for disk in found:
+            if disk.old_size is None or disk.new_size is None:
+                console.say(f"{disk.id}  only in {(after if disk.old_size is None else before).short}")
+                continue
+            resized = f", size {human_size(disk.old_size)} -> {human_size(disk.new_size)}"
+            console.say(
+                f"{disk.id}  {human_size(disk.changed)} in {len(disk.ranges)} places"
+                f"{'' if disk.old_size == disk.new_size else resized}"
+            )
+            for extent in disk.ranges[:_SHOWN]:
+                console.say(f"    {extent.length:>12} bytes at {extent.start}")
+            if len(disk.ranges) > _SHOWN:
+                console.say(f"    ... and {len(disk.ranges) - _SHOWN} more, all with --json")
+        return None if all(disk.same for disk in found) else 4
+
+    return perform("diff", output, action)
+
+
+def _difference(disk: DiskDifference) -> dict[str, object]:
+    return {
+        "id": disk.id,
+        "old_size": disk.old_size,
+        "new_size": disk.new_size,
+        "changed": disk.changed,
+        "ranges": [{"start": extent.start, "length": extent.length} for extent in disk.ranges],
+    }

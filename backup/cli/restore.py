@@ -15,7 +15,7 @@ from p2v.cli import Output, perform
 from p2v.console import Console, human_size
 
 if TYPE_CHECKING:
-    pass
+    from backup.restore import PointOrigin
 
 
 @app.command
@@ -30,6 +30,7 @@ def restore(
     boot_check: Annotated[str, Parameter(name="--boot-check")] = "none",
     disk: int | None = None,
     device: Path | None = None,
+    in_place: Annotated[bool, Parameter(name="--in-place")] = False,
     salvage: bool = False,
     place: Place = PLACE,
     output: Output = OUTPUT,
@@ -54,13 +55,15 @@ def restore(
         number of the disk to restore, the boot disk being 0.
     device
         block device to write over, or new file.
+    in_place
+        the device, or raw image, holds another state of this disk: read it, and write only what differs.
     salvage
         go on past damage: what cannot be read becomes zeroes and is listed.
     """
 
     def action(console: Console) -> None:
         from backup.place import open_repository
-        from backup.restore import PointOrigin, disk_number, no_holes, restore_disk
+        from backup.restore import PointOrigin, disk_number, no_holes
 
         if (
             (to == "") == (device is None)
@@ -68,6 +71,8 @@ def restore(
             or (to != "") != (destination is not None)
         ):
             raise UsageError("say where to", advice="Either --to PLATFORM -o FOLDER, or --disk N --device DEV.")
+        if in_place and (device is None or salvage):
+            raise UsageError("--in-place goes with --disk N --device DEV, and not with --salvage")
         with open_repository(place.repo) as repository:
             found = repository.find_point(point)
             holes = no_holes(found) if salvage else None
@@ -82,17 +87,29 @@ def restore(
                 )  # fmt: skip
                 Conversion(origin, request, console).run()
             elif device is not None and disk is not None:
-                with origin.capture() as capture, console.stage(f"restore disk {disk}") as stage:
-                    source = capture.disks[disk_number(found, disk)].source
-                    done = restore_disk(source, device, console.progress("restore"))
-                    stage.detail = f"{human_size(done.read)} of {human_size(done.size)} written to {device}"
-                console.data["restored"] = {"size": done.size, "read": done.read, "written": done.written}
+                _disk(console, origin, disk_number(found, disk), device, in_place=in_place)
             for disk_id, lost in (holes or {}).items():
                 for hole in sorted(lost):
                     message = f"{hole.length} bytes at {hole.start} could not be restored; zeroes are in their place"
                     console.notice(Notice(code="hole", message=message, subject=disk_id))
 
     return perform("restore", output, action)
+
+
+def _disk(console: Console, origin: PointOrigin, disk_id: str, device: Path, *, in_place: bool) -> None:
+    """One disk of the point to a device or file."""
+    from backup.restore import restore_disk, revert_disk
+
+    with origin.capture() as capture, console.stage(f"restore {disk_id}") as stage:
+        progress = console.progress("restore")
+        if in_place:
+            (stored,) = (disk for disk in capture.point.disks if disk.id == disk_id)
+            done, kept = revert_disk(capture.repository, stored, device, progress)
+            stage.detail = f"{human_size(kept)} of {human_size(done.size)} were there already, at {device}"
+        else:
+            done, kept = restore_disk(capture.disks[disk_id].source, device, progress), 0
+            stage.detail = f"{human_size(done.read)} of {human_size(done.size)} written to {device}"
+    console.data["restored"] = {"size": done.size, "read": done.read, "written": done.written, "kept": kept}
 
 
 @app.command

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
 
 from backup.chunk import USUAL
 from backup.cli.base import CONNECTION, OUTPUT, PLACE, Place, app, summary
@@ -76,16 +78,13 @@ def backup(
         from backup.place import open_repository
         from p2v.origin import open_origin
 
-        if not 1 <= level <= 19:
-            raise UsageError(f"there is no zstd level {level}", advice="Choose 1 to 19.")
-        workers = threads or min(6, (os.cpu_count() or 2) + 2)
         with (
-            open_repository(place.repo, level=level) as repository,
+            open_repository(place.repo, level=_level(level)) as repository,
             open_origin(source, connection.identity, connection.known_hosts, console) as origin,
             Backup(
                 repository,
                 chunker_named(repository.config.chunker, repository.keyring.cut_key),
-                threads=workers,
+                threads=_threads(threads),
                 progress=console.progress("back up"),
                 notice=console.notice,
             ) as work,
@@ -108,6 +107,86 @@ def backup(
         console.say(f"point {point.short} of {point.machine.name}: {stage.detail}")
 
     return perform("backup", output, action)
+
+
+@app.command
+def copy(
+    *points: str,
+    to_repo: Annotated[str, Parameter(name="--to-repo")],
+    dry_run: Annotated[bool, Parameter(name="--dry-run", alias="-n")] = False,
+    level: int = 3,
+    place: Place = PLACE,
+    output: Output = OUTPUT,
+) -> int:
+    """Take points over into another repository, which has keys of its own: a second place for a machine's history.
+
+    Points that are there already are left out, so an interrupted copy goes on. The other repository's password comes from P2V_TO_PASSWORD
+    (or _FILE, _COMMAND), else the terminal is asked.
+
+    Parameters
+    ----------
+    points
+        ids, unique beginnings, `latest`, or MACHINE@latest; default: all points.
+    to_repo
+        the other repository, made by `p2v-backup init`.
+    dry_run
+        say which points would be copied.
+    level
+        zstd level of what is new there, 1 to 19.
+    """
+
+    def action(console: Console) -> None:
+        from backup.chunk import chunker_named
+        from backup.copy import copy_points
+        from backup.engine import Backup
+        from backup.place import open_repository
+
+        with (
+            open_repository(place.repo) as source,
+            open_repository(
+                to_repo, level=_level(level), variable="P2V_TO_PASSWORD", prompt="password of the other repository: "
+            ) as target,
+        ):
+            if source.config.id == target.config.id:
+                raise UsageError("both are the same repository", advice="Name another one with --to-repo.")
+            known = source.points()
+            chosen = list({p.name: p for p in (source.find_point(text, known) for text in points)}.values()) or known
+            if dry_run:
+                there = {point.original for point in target.points()}
+                wanted = [point for point in chosen if point.original not in there]
+                console.data["would_copy"] = [point.name for point in wanted]
+                for point in wanted:
+                    console.say(f"would copy {point.short} of {point.machine.name}, {point.time}")
+                return
+            cutter = chunker_named(target.config.chunker, target.keyring.cut_key)
+            run = Backup(
+                target, cutter, threads=_threads(0), progress=console.progress("copy"), notice=console.notice, audit=0
+            )
+            done: list[dict[str, object]] = []
+            console.data["copied"] = done
+            with run, console.stage("copy") as stage:
+                for point, made, there_already in copy_points(source, chosen, run):
+                    done.append({"id": point.name, "copy": made.name, "there_already": there_already})
+                    if not there_already:
+                        console.say(f"{point.short} of {point.machine.name}, {point.time}: copied as {made.short}")
+                fresh = sum(not item["there_already"] for item in done)
+                stage.detail = (
+                    f"{fresh} points copied, {len(done) - fresh} were there; "
+                    f"{human_size(run.statistics.read)} read, {human_size(run.statistics.stored)} stored"
+                )
+            console.data["statistics"] = run.statistics.as_mapping()
+
+    return perform("copy", output, action)
+
+
+def _level(level: int) -> int:
+    if not 1 <= level <= 19:
+        raise UsageError(f"there is no zstd level {level}", advice="Choose 1 to 19.")
+    return level
+
+
+def _threads(asked: int) -> int:
+    return asked or min(6, (os.cpu_count() or 2) + 2)
 
 
 def _without_password(source: str) -> str:

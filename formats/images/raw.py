@@ -117,30 +117,32 @@ class RawSink:
 
     A file is made new (an old one of that name is emptied) and stays sparse. A block device must have at least ``size`` bytes; what nobody
     wrote on it is zeroed by ``flush``, so that K4 holds for old disks without writing everything twice.
+    With ``keep`` it is written in place instead: what nobody writes stays as it is, and a file must be there, of at least ``size`` bytes.
     Raises ``NoSpaceError`` when ``size`` does not fit, ``WriteError`` when the path cannot be written.
     """
 
     random_access = True
 
-    def __init__(self, path: Path | str, size: int) -> None:
+    def __init__(self, path: Path | str, size: int, *, keep: bool = False) -> None:
         check_range(size, 0, size)
-        self._path, self._size = str(path), size
+        self._path, self._size, self._keep = str(path), size, keep
         flags = os.O_RDWR | os.O_CLOEXEC
         try:
-            device = Path(self._path).is_block_device()
-            self._descriptor = os.open(self._path, flags | (os.O_EXCL if device else os.O_CREAT | os.O_TRUNC), 0o600)
+            self._device = Path(self._path).is_block_device()
+            made = 0 if keep else os.O_CREAT | os.O_TRUNC
+            self._descriptor = os.open(self._path, flags | (os.O_EXCL if self._device else made), 0o600)
         except OSError as error:
             raise _write_error(self._path, error, "opened for writing") from error
         self._closed = False
         self._untouched: _Untouched | None = None
         try:
-            self._prepare(device)
+            self._prepare()
         except BaseException:
             self.close()
             raise
 
-    def _prepare(self, device: bool) -> None:
-        if device:
+    def _prepare(self) -> None:
+        if self._device or self._keep:
             held, _ = _measure(self._descriptor, self._path)
             if held < self._size:
                 raise NoSpaceError(
@@ -148,7 +150,8 @@ class RawSink:
                     advice="Choose a device that is at least as large as the disk.",
                     subject=self._path,
                 )
-            self._untouched = _Untouched(self._size)
+            if not self._keep:
+                self._untouched = _Untouched(self._size)
             return
         try:
             os.ftruncate(self._descriptor, self._size)
@@ -212,7 +215,7 @@ class RawSink:
         self._store_zeroes(start, low - start)
         for position in range(low, high, _SPAN):
             count = min(_SPAN, high - position)
-            if not (self._zero_device if self._untouched is not None else self._punch)(position, count):
+            if not (self._zero_device if self._device else self._punch)(position, count):
                 self._store_zeroes(position, count)
         self._store_zeroes(high, start + length - high)
 

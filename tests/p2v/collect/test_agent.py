@@ -27,6 +27,7 @@ from p2v.collect.blockdev import DdDisk, RemoteDisk
 from p2v.errors import DiskVanishedError, LinkLostError, PrivilegeError, PythonMissingError
 from p2v.session import Session
 from tests.contracts.block_source import BlockSourceContract, write_sparse
+from tests.loop import loop_device
 from tests.p2v.proxy import proxy
 from tests.p2v.sshd import PLAIN, SUDOER, SshServer, ssh_server
 from tests.requirement import needs, needs_root
@@ -73,19 +74,6 @@ def read(disk: BlockSource, offset: int, length: int) -> bytes:
 
 def whole(disk: BlockSource) -> bytes:
     return read(disk, 0, disk.size)
-
-
-@contextmanager
-def loop_device(path: Path, *, writable: bool = False) -> Iterator[str]:
-    words = ["losetup", "--find", "--show", *([] if writable else ["--read-only"])]
-    made = subprocess.run([*words, path], capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no loop devices here: {made.stderr.strip()}")
-    device = made.stdout.strip()
-    try:
-        yield device
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from p2v.collect.hold import held
 from p2v.emit import refill
 from p2v.errors import ConsistencyError
 from p2v.session import Session
-from tests.p2v.collect.test_agent import loop_device
+from tests.loop import loop_device
 from tests.p2v.sshd import SshServer
 from tests.requirement import needs, needs_root
 
