@@ -18,13 +18,22 @@ if TYPE_CHECKING:
 
 
 @app.command
-def init(*, chunker: str = USUAL, place: Place = PLACE, output: Output = OUTPUT) -> int:
+def init(
+    *,
+    chunker: str = USUAL,
+    probe: bool = False,
+    place: Place = PLACE,
+    output: Output = OUTPUT,
+) -> int:
     """Make a repository in an empty directory. Everything in it is encrypted: without a password or the paper key it is lost.
 
     Parameters
     ----------
     chunker
         how disks are cut: aligned-MINIMUM-USUAL-MAXIMUM follows content; fixed-SIZE is a grid, for disks that hold a data base alone.
+    probe
+        first ask the storage whether it keeps what a repository relies on (names given once, complete listings, exact reads). For network
+        file systems and unknown SFTP servers.
     """
 
     def action(console: Console) -> None:
@@ -34,6 +43,11 @@ def init(*, chunker: str = USUAL, place: Place = PLACE, output: Output = OUTPUT)
 
         chunker_named(chunker, bytes(32))
         store = open_store(place.repo, make=True)
+        if probe:
+            from backup.store.probe import require
+
+            with console.stage("probe"):
+                require(store)
         made = Repository.create(store, password(prompt="new password: ", twice=True), chunker=chunker)
         console.data["repository"] = {"id": made.config.id}
         console.say(
