@@ -22,7 +22,10 @@ from formats.overlay import Overlay
 from formats.progress import Progress
 from formats.refill import Refill
 from formats.transfer import Transferred, copy
+from p2v.collect.agent import Agent
+from p2v.device import DeviceSink, verify
 from p2v.plan import disks_of
+from p2v.session import Session
 
 _CACHE = 64 << 20  # bytes of a served disk that are kept: a booting guest reads many blocks more than once
 
@@ -94,6 +97,21 @@ def restore_disk(source: BlockSource, device: Path, progress: Progress) -> Trans
     finally:
         if target is not device:
             target.unlink(missing_ok=True)
+    return done
+
+
+def restore_to_host(
+    source: BlockSource, session: Session, path: str, progress: Progress, verifying: Progress
+) -> Transferred:
+    """Write a disk over a block device of another host, and read back by digests what was written.
+
+    What was written before an error stays there: the device is then neither the old disk nor the new one.
+    """
+    with DeviceSink.open(session, path, source.size) as sink:
+        done = copy(source, sink, progress=progress, total=data_bytes(source))
+        sink.flush()
+    with Agent.start(session) as agent, contextlib.closing(agent.disk(path)) as disk:
+        verify(source, disk, verifying)
     return done
 
 

@@ -14,7 +14,7 @@ from p2v.config import FREEZE_SECONDS, secret
 
 if TYPE_CHECKING:
     from p2v.console import Console
-    from p2v.session import Session
+    from p2v.session import Session, SshTarget
 
 _SSH = re.compile(r"(?:ssh://)?(?:[^@/\s]+@)(?:\[[0-9A-Fa-f:.]+\]|[^:/\s]+)(?::\d+)?/?")
 _LATER = ("vsphere://", "libvirt://", "qmp:")
@@ -80,14 +80,20 @@ def open_origin(
             advice="Name a host as root@HOST or ssh://USER@HOST:PORT, or the path of an image.",
         )
     from p2v.collect.ssh import SshOrigin
+
+    target = ssh_target(source, identity, known_hosts)
+    with SshOrigin(target, notice=console.notice, freeze=freeze_limit) as origin:
+        yield origin
+
+
+def ssh_target(text: str, identity: Path | None, known_hosts: Path | None) -> SshTarget:
+    """The host that ``text`` names, with the passwords that the environment gives; raises what ``SshTarget.parse`` raises."""
     from p2v.session import SshTarget
 
-    target = SshTarget.parse(
-        source,
+    return SshTarget.parse(
+        text,
         identity=identity,
         known_hosts=known_hosts,
         password=secret("P2V_SSH_PASSWORD"),
         sudo_password=secret("P2V_SUDO_PASSWORD"),
     )
-    with SshOrigin(target, notice=console.notice, freeze=freeze_limit) as origin:
-        yield origin

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from backup.cli.base import OUTPUT, PLACE, Place, app
+from backup.cli.base import CONNECTION, OUTPUT, PLACE, Place, app
 from formats.errors import Notice, UsageError
-from p2v.cli import Output, perform
+from p2v.cli import Connection, Output, perform
 from p2v.console import Console, human_size
 
 if TYPE_CHECKING:
@@ -29,10 +29,11 @@ def restore(
     name: str = "",
     boot_check: Annotated[str, Parameter(name="--boot-check")] = "none",
     disk: int | None = None,
-    device: Path | None = None,
+    device: str = "",
     in_place: Annotated[bool, Parameter(name="--in-place")] = False,
     salvage: bool = False,
     place: Place = PLACE,
+    connection: Connection = CONNECTION,
     output: Output = OUTPUT,
 ) -> int:
     """Bring a machine back as a VM for a platform (--to, -o), or one disk to a device or file (--disk, --device).
@@ -54,7 +55,8 @@ def restore(
     disk
         number of the disk to restore, the boot disk being 0.
     device
-        block device to write over, or new file.
+        block device to write over, or new file; ssh://USER@HOST/dev/X is a device of another computer (a rescue system with SSH and
+        Python is enough there), which is read back afterwards. A device in use is refused.
     in_place
         the device, or raw image, holds another state of this disk: read it, and write only what differs.
     salvage
@@ -65,14 +67,10 @@ def restore(
         from backup.place import open_repository
         from backup.restore import PointOrigin, disk_number, no_holes
 
-        if (
-            (to == "") == (device is None)
-            or (device is None) != (disk is None)
-            or (to != "") != (destination is not None)
-        ):
+        if (to == "") == (device == "") or (device == "") != (disk is None) or (to != "") != (destination is not None):
             raise UsageError("say where to", advice="Either --to PLATFORM -o FOLDER, or --disk N --device DEV.")
-        if in_place and (device is None or salvage):
-            raise UsageError("--in-place goes with --disk N --device DEV, and not with --salvage")
+        if in_place and (not device or "://" in device or salvage):
+            raise UsageError("--in-place goes with --disk N and a local --device DEV, and not with --salvage")
         with open_repository(place.repo) as repository:
             found = repository.find_point(point)
             holes = no_holes(found) if salvage else None
@@ -86,8 +84,12 @@ def restore(
                     adapt=False, restore=True,
                 )  # fmt: skip
                 Conversion(origin, request, console).run()
-            elif device is not None and disk is not None:
-                _disk(console, origin, disk_number(found, disk), device, in_place=in_place)
+            elif disk is not None:
+                disk_id = disk_number(found, disk)
+                if "://" in device:
+                    _to_host(console, origin, disk_id, device, connection)
+                else:
+                    _disk(console, origin, disk_id, Path(device), in_place=in_place)
             for disk_id, lost in (holes or {}).items():
                 for hole in sorted(lost):
                     message = f"{hole.length} bytes at {hole.start} could not be restored; zeroes are in their place"
@@ -110,6 +112,24 @@ def _disk(console: Console, origin: PointOrigin, disk_id: str, device: Path, *, 
             done, kept = restore_disk(capture.disks[disk_id].source, device, progress), 0
             stage.detail = f"{human_size(done.read)} of {human_size(done.size)} written to {device}"
     console.data["restored"] = {"size": done.size, "read": done.read, "written": done.written, "kept": kept}
+
+
+def _to_host(console: Console, origin: PointOrigin, disk_id: str, device: str, connection: Connection) -> None:
+    """One disk of the point to a device of another host."""
+    from backup.restore import restore_to_host
+    from p2v.device import parse_device
+    from p2v.origin import ssh_target
+    from p2v.session import Session
+
+    host, path = parse_device(device)
+    target = ssh_target(host, connection.identity, connection.known_hosts)
+    with origin.capture() as capture, Session.connect(target) as session, console.stage(f"restore {disk_id}") as stage:
+        source = capture.disks[disk_id].source
+        done = restore_to_host(source, session, path, console.progress("restore"), console.progress("verify"))
+        stage.detail = (
+            f"{human_size(done.read)} of {human_size(done.size)} written to {session.host}:{path} and read back"
+        )
+    console.data["restored"] = {"size": done.size, "read": done.read, "written": done.written, "kept": 0}
 
 
 @app.command

@@ -23,7 +23,7 @@ _SECTOR = 4096  # a multiple of every device's logical sector: what BLKZEROOUT t
 _UNIT = 1 << 20  # bytes of a device that are remembered as written or not
 _SPAN = 1 << 30  # bytes zeroed by one call: it cannot be interrupted
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_Clear = Callable[[int, int], None]
+Clear = Callable[[int, int], None]
 
 
 class RawFile:
@@ -134,7 +134,7 @@ class RawSink:
         except OSError as error:
             raise _write_error(self._path, error, "opened for writing") from error
         self._closed = False
-        self._untouched: _Untouched | None = None
+        self._untouched: Untouched | None = None
         try:
             self._prepare()
         except BaseException:
@@ -151,7 +151,7 @@ class RawSink:
                     subject=self._path,
                 )
             if not self._keep:
-                self._untouched = _Untouched(self._size)
+                self._untouched = Untouched(self._size)
             return
         try:
             os.ftruncate(self._descriptor, self._size)
@@ -245,7 +245,7 @@ class RawSink:
         return True
 
 
-class _Untouched:
+class Untouched:
     """Which units of a device nobody has written yet: one byte for each MiB, whatever its size."""
 
     def __init__(self, size: int) -> None:
@@ -253,7 +253,7 @@ class _Untouched:
         self._touched = bytearray(-(-size // _UNIT))
         self._lock = threading.Lock()
 
-    def touch(self, start: int, length: int, clear: _Clear) -> None:
+    def touch(self, start: int, length: int, clear: Clear) -> None:
         """Before the range is written: units of which only a part will be are cleared whole."""
         if not length:
             return
@@ -267,7 +267,7 @@ class _Untouched:
                     clear(low, high - low)
             self._touched[first : last + 1] = b"\1" * (last + 1 - first)
 
-    def finish(self, clear: _Clear) -> None:
+    def finish(self, clear: Clear) -> None:
         """Clear every unit that is left."""
         with self._lock:
             unit = self._touched.find(0)

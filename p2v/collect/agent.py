@@ -23,29 +23,12 @@ from p2v.collect import remote_agent as wire
 from p2v.collect.blockdev import RemoteDisk, buffered_read
 from p2v.errors import CommandError, DiskVanishedError, HostError, LinkLostError, PrivilegeError, PythonMissingError
 from p2v.session import RemoteProcess, Session
+from p2v.session.interpreter import NO_PYTHON, python_command
 
 _SLOTS = 64  # requests in flight on one channel; the other side takes MAX_QUEUE
 _MAX_REPLY = wire.MAX_READ + 4 + 8 * (wire.MAX_READ // wire.PAGE + 1)
 _NOISE = 64 << 10  # bytes that a login script may print before the agent speaks
 _LEAVE_SECONDS = 5.0
-_NO_PYTHON = 96
-_NAMES = "python3 /usr/libexec/platform-python /usr/bin/python3 " + " ".join(f"python3.{n}" for n in range(14, 3, -1))
-
-# In one line of POSIX sh: the first Python that will do, at low priority, is given the agent through standard input.
-# -B: no .pyc files; -I -S: nothing of the user's or the site's.
-_BOOTSTRAP = """\
-for p in {names}; do
-  command -v "$p" >/dev/null 2>&1 || continue
-  "$p" -I -S -B -c 'import sys; sys.exit(sys.version_info < (3, 4))' >/dev/null 2>&1 </dev/null || continue
-  n=; i=
-  nice -n 10 true 2>/dev/null && n='nice -n 10'
-  ionice -c 3 true >/dev/null 2>&1 && i='ionice -c 3'
-  exec $n $i "$p" -I -S -B -c 'import os
-s = b""
-while len(s) < {size}: s += os.read(0, {size} - len(s)) or os._exit(1)
-exec(compile(s, "agent", "exec"))' {silence:g} {workers} {mode}
-done
-exit {no_python}"""
 
 
 class Request:
@@ -113,7 +96,7 @@ class Channel:
         return facts
 
     def _never_started(self) -> None:
-        if self.process.wait(30.0) == _NO_PYTHON:
+        if self.process.wait(30.0) == NO_PYTHON:
             raise PythonMissingError(
                 f"{self.host} has no python3",
                 advice="Install python3 there for a faster copy; dd is used without it.",
@@ -314,9 +297,7 @@ class Agent:
         After ``silence`` seconds without a sign of life either side gives up: here with ``LinkLostError``.
         """
         script = _script()
-        command = _BOOTSTRAP.format(
-            names=_NAMES, size=len(script), silence=silence, workers=workers, mode=compress, no_python=_NO_PYTHON
-        )
+        command = python_command(len(script), f"{silence:g} {workers} {compress}", gentle=True)
         started: list[Channel] = []
         facts: dict[str, Any] = {}
         try:

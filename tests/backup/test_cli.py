@@ -18,7 +18,10 @@ from typing import Any
 import pytest
 
 from formats.nbd import connect
-from tests.requirement import needs
+from tests.loop import loop_device
+from tests.p2v.conftest import sshd  # noqa: F401
+from tests.p2v.sshd import SshServer
+from tests.requirement import needs, needs_root
 
 _MAIN = "from backup.cli import main; main()"
 
@@ -266,3 +269,22 @@ def test_p10_on_a_disk_without_a_free_byte_room_can_be_made(
     assert shell("forget", "--keep-last", "1", "--prune", place=place)["data"]["prune"]["deleted_bytes"] > 2 << 20
     shell("backup", str(disk), place=place)
     assert shell("check", "--read-data", place=place)["data"]["damages"] == []
+
+
+@needs_root()
+@needs("losetup", "sshd")
+def test_a_disk_goes_to_a_device_of_another_host(shell: Shell, image: Path, tmp_path: Path, sshd: SshServer) -> None:  # noqa: F811
+    shell("backup", str(image))
+    backing, target = tmp_path / "metal", sshd.target()
+    backing.write_bytes(b"old" * (15 << 20))
+    with loop_device(backing, writable=True) as device:
+        there = ["--device", f"ssh://{target.user}@127.0.0.1:{sshd.port}{device}"]
+        keys = ["--identity", str(sshd.identity), "--known-hosts", str(sshd.known_hosts)]
+        done = shell("restore", "latest", "--disk", "0", *there, *keys)
+        assert done["data"]["restored"]["size"] == 40 << 20
+        (tmp_path / "nobody").touch()
+        shell(
+            "restore", "latest", "--disk", "0", *there, *keys[:2], "--known-hosts", str(tmp_path / "nobody"), expect=31
+        )
+        shell("restore", "latest", "--disk", "0", *there, *keys, "--in-place", expect=2)
+    assert backing.read_bytes()[: 40 << 20] == image.read_bytes()

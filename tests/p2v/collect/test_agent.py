@@ -169,7 +169,7 @@ class TestScript:
         python = _python(version)
         if python is None:
             pytest.skip(f"no Python {version} here")
-        monkeypatch.setattr("p2v.collect.agent._NAMES", str(python))
+        monkeypatch.setattr("p2v.session.interpreter._NAMES", str(python))
         path = folder / "disk"
         path.write_bytes(content(3 * MIB + 123))
         with Agent.start(session, channels=1) as made:
@@ -467,7 +467,7 @@ class TestTrouble:
                 read(disk, 3 * MIB, MIB)
 
     def test_no_python(self, session: Session, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("p2v.collect.agent._NAMES", "nonesuch /bin/false")
+        monkeypatch.setattr("p2v.session.interpreter._NAMES", "nonesuch /bin/false")
         with pytest.raises(PythonMissingError):
             Agent.start(session)
         path = folder / "disk"
