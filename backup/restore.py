@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from backup.clone import cloned
 from backup.reader import StoredCapture, StoredDisk
 from backup.repository import Point, PointDisk, Repository
 from formats.block import BlockSink, BlockSource, Extent, data_bytes
@@ -31,22 +32,33 @@ _CACHE = 64 << 20  # bytes of a served disk that are kept: a booting guest reads
 
 
 class PointOrigin:
-    """A point as an origin. ``holes`` takes, by disk id, what could not be had; without it damage is an error."""
+    """A point as an origin. ``holes`` takes, by disk id, what could not be had; without it damage is an error.
+
+    ``as_clone``: the machine is to run beside the one that it was taken from.
+    """
 
     def __init__(
-        self, repository: Repository, point: Point, *, holes: Mapping[str, list[Extent]] | None = None
+        self,
+        repository: Repository,
+        point: Point,
+        *,
+        holes: Mapping[str, list[Extent]] | None = None,
+        as_clone: bool = False,
     ) -> None:
         self.session: None = None  # a machine at rest cannot be asked
         self.adapted = False  # a point is the machine as it was
         self._repository, self._point, self._holes = repository, point, holes
+        self._machine = cloned(point.machine) if as_clone else point.machine
 
     def inspect(self) -> Machine:
-        """The machine as it was."""
-        return self._point.machine
+        """The machine as it was, or its clone."""
+        return self._machine
 
     def capture(self, since: Mapping[str, Mark] | None = None) -> StoredCapture:  # noqa: ARG002 - a point has no marks
         """The point's disks."""
-        return StoredCapture(self._repository, self._point, holes=self._holes)
+        capture = StoredCapture(self._repository, self._point, holes=self._holes)
+        capture.machine = self._machine
+        return capture
 
     def retire(self, marks: Sequence[Mark]) -> None:
         """Nothing: a point has no marks."""

@@ -28,6 +28,7 @@ def restore(
     disk_format: Annotated[str, Parameter(name="--disk-format")] = "",
     name: str = "",
     boot_check: Annotated[str, Parameter(name="--boot-check")] = "none",
+    as_clone: Annotated[bool, Parameter(name="--as-clone")] = False,
     disk: int | None = None,
     device: str = "",
     in_place: Annotated[bool, Parameter(name="--in-place")] = False,
@@ -52,6 +53,8 @@ def restore(
         name of the virtual machine, instead of the machine's own.
     boot_check
         `boots`: see it boot from the repository before the copy. `none`: do not.
+    as_clone
+        the machine is to run beside its original: another name, other MAC addresses and hardware UUID. What both still share is said.
     disk
         number of the disk to restore, the boot disk being 0.
     device
@@ -64,17 +67,20 @@ def restore(
     """
 
     def action(console: Console) -> None:
+        from backup.clone import shared_identity
         from backup.place import open_repository
         from backup.restore import PointOrigin, disk_number, no_holes
 
         if (to == "") == (device == "") or (device == "") != (disk is None) or (to != "") != (destination is not None):
             raise UsageError("say where to", advice="Either --to PLATFORM -o FOLDER, or --disk N --device DEV.")
+        if as_clone and not to:
+            raise UsageError("--as-clone goes with --to PLATFORM: a disk alone has no identity that could be changed")
         if in_place and (not device or "://" in device or salvage):
             raise UsageError("--in-place goes with --disk N and a local --device DEV, and not with --salvage")
         with open_repository(place.repo) as repository:
             found = repository.find_point(point)
             holes = no_holes(found) if salvage else None
-            origin = PointOrigin(repository, found, holes=holes)
+            origin = PointOrigin(repository, found, holes=holes, as_clone=as_clone)
             console.data["point"] = found.name
             if destination is not None:
                 from p2v.convert import Conversion, Request
@@ -84,6 +90,8 @@ def restore(
                     adapt=False, restore=True,
                 )  # fmt: skip
                 Conversion(origin, request, console).run()
+                for notice in shared_identity(found.machine) if as_clone else ():
+                    console.notice(notice)
             elif disk is not None:
                 disk_id = disk_number(found, disk)
                 if "://" in device:
