@@ -84,7 +84,14 @@ def ours(level: int) -> Tool:
     root = str(Path(__file__).parents[2])
     return Tool(
         f"ours, level {level}",
-        lambda repo: {"P2V_REPOSITORY": str(repo), "P2V_PASSWORD": "bench", "PYTHONPATH": root},
+        lambda repo: {
+            "P2V_REPOSITORY": str(repo),
+            "P2V_PASSWORD": "bench",
+            "PYTHONPATH": root,
+            # As an installed program has it: compiled once, whatever this environment says of its own Python.
+            "PYTHONDONTWRITEBYTECODE": "",
+            "PYTHONPYCACHEPREFIX": str(repo.parents[1] / "bytecode"),
+        },
         lambda _: [*me, "init"],
         lambda _, image, name: [*me, "backup", str(image), "--level", str(level), "--tag", name],
         lambda _, target: [*me, "restore", "latest", "--disk", "0", "--device", str(target / "disk.raw")],
