@@ -97,6 +97,7 @@ class Check:
             self._attempt(stored.name, partial(self._key, stored.name))
         for stored in self._store.list("records/"):
             self._attempt(stored.name, partial(self._record, stored.name))
+        self._attempt("forgotten", lambda: list(self._repository.forgotten()))
         self._attempt("condemned", partial(condemned_packs, self._store))
 
     def _key(self, name: str) -> None:

@@ -18,7 +18,7 @@ from p2v.config import Secret
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-CHUNK, PAGE, POINT, RECORD = 1, 2, 16, 17
+CHUNK, PAGE, POINT, RECORD, FORGOTTEN = 1, 2, 16, 17, 18
 """Kinds of what is sealed; the byte of FORMAT.md."""
 
 NONCE, TAG = 12, 16

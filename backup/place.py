@@ -5,17 +5,26 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from backup.errors import RepositoryMissingError
 from backup.repository import Repository
 from backup.store.base import Store
 from backup.store.local import LocalStore
-from formats.errors import UsageError
+from backup.witness import Witness
+from formats.errors import Notice, UsageError
 from p2v.config import Secret, secret
 
 VARIABLE = "P2V_REPOSITORY"
+
+
+def named_place(place: str) -> str:
+    """``place``, or what ``P2V_REPOSITORY`` says where it is empty; ``UsageError`` when nothing is named."""
+    named = place or os.environ.get(VARIABLE, "")
+    if not named:
+        raise UsageError("no repository is named", advice=f"Give -r/--repo, or set {VARIABLE}.")
+    return named
 
 
 def open_store(
@@ -26,9 +35,7 @@ def open_store(
 
     ``UsageError`` when nothing is named, ``RepositoryMissingError`` when there is nothing.
     """
-    named = place or os.environ.get(VARIABLE, "")
-    if not named:
-        raise UsageError("no repository is named", advice=f"Give -r/--repo, or set {VARIABLE}.")
+    named = named_place(place)
     if named.startswith("sftp://"):
         return _over_sftp(named, make, identity, known_hosts)
     if "://" in named:
@@ -100,14 +107,28 @@ def password(
 
 @contextlib.contextmanager
 def open_repository(
-    place: str, *, level: int = 3, variable: str = "P2V_PASSWORD", prompt: str = "password of the repository: "
+    place: str,
+    *,
+    notice: Callable[[Notice], None] = lambda _: None,
+    level: int = 3,
+    variable: str = "P2V_PASSWORD",
+    prompt: str = "password of the repository: ",
 ) -> Iterator[Repository]:
-    """Open the repository at ``place`` with the password from the environment's ``variable`` or the terminal."""
+    """Open the repository at ``place`` with the password from the environment's ``variable`` or the terminal.
+
+    ``notice`` is told when points are gone that were there the last time (``backup.witness``); another repository than the last time
+    raises ``RepositoryError``.
+    """
     store = open_store(place)
     with contextlib.closing(store):
-        Repository.require(store)  # before a password is asked for
+        config = Repository.require(store)  # before a password is asked for
+        witness = Witness.usual(named_place(place))
+        witness.recognise(config)
         home = os.environ.get("XDG_CACHE_HOME")
         cache = (Path(home) if home else Path.home() / ".cache") / "p2v-toolkit" / "repositories"
         repository = Repository.open(store, password(variable, prompt), level=level, cache=cache)
         with contextlib.closing(repository):
+            for found in witness.compare(repository):
+                notice(found)
             yield repository
+            witness.remember(repository)

@@ -25,13 +25,13 @@ from backup.errors import (
     WrongPasswordError,
 )
 from backup.index import Index, Segment
-from backup.keys import PAGE, POINT, Kdf, Keyring, decode_key, digest_name, from_paper, unwrap, wrap
+from backup.keys import FORGOTTEN, PAGE, POINT, Kdf, Keyring, decode_key, digest_name, from_paper, unwrap, wrap
 from backup.manifest import NOTHING, Tree
 from backup.pack import HEAD, Codec, Place, pack_name
 from backup.store.base import Store
 from backup.store.local import LocalStore
 from formats.capture import Consistency, Mark
-from formats.errors import Notice, UsageError
+from formats.errors import NoSpaceError, Notice, UsageError
 from formats.machine import Machine
 from p2v.config import Secret
 
@@ -289,6 +289,36 @@ class Repository:
         self.store.store(f"points/{name}", [content])
         return _named(point, name)
 
+    def forget(self, points: Sequence[Point]) -> None:
+        """Delete points and what was learnt of them; what they alone need is left to a prune.
+
+        A sealed note that they went on purpose comes first: without one a point that is gone was taken away (``forgotten``). On a full disk
+        the note gets its room from the reserve, which the next prune puts back.
+        """
+        if not points:
+            return
+        document = {"time": _now().isoformat(timespec="seconds"), "points": [point.name for point in points]}
+        content = self.keyring.seal(FORGOTTEN, msgspec.json.encode(document))
+        name = f"forgotten/{digest_name(content)}"
+        try:
+            self.store.store(name, [content])
+        except NoSpaceError:
+            self.store.delete(RESERVE)
+            self.store.store(name, [content])
+        for point in points:
+            self.store.delete(f"points/{point.name}")
+            for stored in list(self.store.list(f"records/{point.name}/")):
+                self.store.delete(stored.name)
+
+    def forgotten(self) -> Iterator[frozenset[str]]:
+        """The names of points that were forgotten, note by note, in any order. ``ObjectDamagedError`` for a note that is not ours."""
+        for stored in self.store.list("forgotten/"):
+            document = self.keyring.unseal(FORGOTTEN, self.store.load(stored.name), subject=stored.name)
+            try:
+                yield frozenset(msgspec.json.decode(document, type=_Forgotten).points)
+            except (msgspec.DecodeError, RecursionError):
+                raise ObjectDamagedError(f"{stored.name} is no note of forgotten points", subject=stored.name) from None
+
     # -- blobs -----------------------------------------------------------------------------------------------------
 
     @property
@@ -426,6 +456,10 @@ class Repository:
 def keep_reserve(store: Store) -> None:
     """Put the object back that a prune on a full disk lives from."""
     store.store(RESERVE, [os.urandom(_RESERVE_SIZE)])
+
+
+class _Forgotten(msgspec.Struct):
+    points: list[str]
 
 
 class _PointHead(msgspec.Struct):

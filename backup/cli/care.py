@@ -36,7 +36,7 @@ def check(
         from backup.errors import RepositoryError
         from backup.place import open_repository
 
-        with open_repository(place.repo) as repository, console.stage("check") as stage:
+        with open_repository(place.repo, notice=console.notice) as repository, console.stage("check") as stage:
             result = Check(repository, read_data=read_data, progress=console.progress("read packs")).run()
             stage.detail = f"{result.points} points, {result.packs} packs, {human_size(result.bytes_read)} read"
             if read_data:
@@ -108,7 +108,7 @@ def forget(
             last=keep_last, hourly=keep_hourly, daily=keep_daily, weekly=keep_weekly, monthly=keep_monthly,
             yearly=keep_yearly, tags=keep_tag, **({"within": parse_within(keep_within)} if keep_within else {}),
         )  # fmt: skip
-        with open_repository(place.repo) as repository:
+        with open_repository(place.repo, notice=console.notice) as repository:
             known = [point for point in repository.points() if machine in ("", point.machine.name)]
             if points:
                 if not policy.empty:
@@ -133,11 +133,7 @@ def forget(
             ]
             if dry_run:
                 return
-            for decision in decisions:
-                if not decision.keep:
-                    repository.store.delete(f"points/{decision.point.name}")
-                    for stored in list(repository.store.list(f"records/{decision.point.name}/")):
-                        repository.store.delete(stored.name)
+            repository.forget([decision.point for decision in decisions if not decision.keep])
             if prune:
                 _prune(console, repository, dry_run=False)
 
@@ -156,7 +152,7 @@ def prune_(
     def action(console: Console) -> None:
         from backup.place import open_repository
 
-        with open_repository(place.repo) as repository:
+        with open_repository(place.repo, notice=console.notice) as repository:
             _prune(console, repository, dry_run=dry_run)
 
     return perform("prune", output, action)
@@ -185,7 +181,7 @@ def repair_index_(*, place: Place = PLACE, output: Output = OUTPUT) -> int:
         from backup.place import open_repository
         from backup.repair import repair_index
 
-        with open_repository(place.repo) as repository, console.stage("repair index") as stage:
+        with open_repository(place.repo, notice=console.notice) as repository, console.stage("repair index") as stage:
             result = repair_index(repository.store, time=now(), progress=console.progress("walk packs"))
             stage.detail = f"{result.blobs} blobs in {result.packs} packs"
         console.data["repaired"] = record(result)
@@ -206,7 +202,7 @@ def unlock(*, place: Place = PLACE, output: Output = OUTPUT) -> int:
         from backup.lock import LEASES, holders
         from backup.place import open_repository
 
-        with open_repository(place.repo) as repository:
+        with open_repository(place.repo, notice=console.notice) as repository:
             removed = []
             for prefix in (LEASES, "locks/"):
                 for name, holder in holders(repository.store, prefix):

@@ -24,7 +24,7 @@ def key_add(*, label: str = "", place: Place = PLACE, output: Output = OUTPUT) -
     def action(console: Console) -> None:
         from backup.place import open_repository, password
 
-        with open_repository(place.repo) as repository:
+        with open_repository(place.repo, notice=console.notice) as repository:
             name = repository.add_key(password("P2V_NEW_PASSWORD", "new password: ", twice=True), label=label)
         console.data["key"] = name
         console.say(f"key {name[:8]} added")
@@ -39,7 +39,7 @@ def key_list(*, place: Place = PLACE, output: Output = OUTPUT) -> int:
     def action(console: Console) -> None:
         from backup.place import open_repository
 
-        with open_repository(place.repo) as repository:
+        with open_repository(place.repo, notice=console.notice) as repository:
             found = repository.list_keys()
         console.data["keys"] = [{"id": name, "label": label, "created": created} for name, label, created in found]
         console.table(["key", "label", "created"], [[name[:8], label, created] for name, label, created in found])
@@ -54,7 +54,7 @@ def key_remove(name: str, /, *, place: Place = PLACE, output: Output = OUTPUT) -
     def action(console: Console) -> None:
         from backup.place import open_repository
 
-        with open_repository(place.repo) as repository:
+        with open_repository(place.repo, notice=console.notice) as repository:
             removed = repository.remove_key(name)
         console.data["key"] = removed
         console.say(f"key {removed[:8]} removed")
@@ -80,7 +80,7 @@ def key_export(
     def action(console: Console) -> None:
         from backup.place import open_repository
 
-        with open_repository(place.repo) as repository:
+        with open_repository(place.repo, notice=console.notice) as repository:
             text = f"p2v-toolkit repository {repository.config.id}\n{repository.keyring.paper()}\n"
         try:
             with open(destination, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:

@@ -27,7 +27,7 @@ def points(*, machine: str = "", place: Place = PLACE, output: Output = OUTPUT) 
     def action(console: Console) -> None:
         from backup.place import open_repository
 
-        with open_repository(place.repo) as repository:
+        with open_repository(place.repo, notice=console.notice) as repository:
             found = [summary(p, repository) for p in repository.points() if machine in ("", p.machine.name)]
         console.data["points"] = found
         rows = [
@@ -61,7 +61,7 @@ def show(point: str, /, *, place: Place = PLACE, output: Output = OUTPUT) -> int
         from backup.place import open_repository
         from backup.restore import disk_number
 
-        with open_repository(place.repo) as repository:
+        with open_repository(place.repo, notice=console.notice) as repository:
             found = repository.find_point(point)
             known = records(repository, found)
         console.data["point"] = record(found)
@@ -99,7 +99,7 @@ def diff(old: str, new: str, /, *, place: Place = PLACE, output: Output = OUTPUT
         from backup.compare import compare
         from backup.place import open_repository
 
-        with open_repository(place.repo) as repository:
+        with open_repository(place.repo, notice=console.notice) as repository:
             known = repository.points()
             before, after = (repository.find_point(text, known) for text in (old, new))
             found = list(compare(repository, before, after))

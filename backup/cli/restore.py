@@ -77,7 +77,7 @@ def restore(
             raise UsageError("--as-clone goes with --to PLATFORM: a disk alone has no identity that could be changed")
         if in_place and (not device or "://" in device or salvage):
             raise UsageError("--in-place goes with --disk N and a local --device DEV, and not with --salvage")
-        with open_repository(place.repo) as repository:
+        with open_repository(place.repo, notice=console.notice) as repository:
             found = repository.find_point(point)
             holes = no_holes(found) if salvage else None
             origin = PointOrigin(repository, found, holes=holes, as_clone=as_clone)
@@ -171,7 +171,7 @@ def serve(
         from backup.restore import serving
 
         with (
-            open_repository(place.repo) as repository,
+            open_repository(place.repo, notice=console.notice) as repository,
             StoredCapture(repository, repository.find_point(point)) as capture,
             serving(capture, socket=socket, port=port, writable=writable) as (server, uris),
         ):

@@ -38,8 +38,9 @@ def init(
 
     def action(console: Console) -> None:
         from backup.chunk import chunker_named
-        from backup.place import open_store, password
+        from backup.place import named_place, open_store, password
         from backup.repository import Repository
+        from backup.witness import Witness
 
         chunker_named(chunker, bytes(32))
         store = open_store(place.repo, make=True)
@@ -49,6 +50,7 @@ def init(
             with console.stage("probe"):
                 require(store)
         made = Repository.create(store, password(prompt="new password: ", twice=True), chunker=chunker)
+        Witness.usual(named_place(place.repo)).renew()
         console.data["repository"] = {"id": made.config.id}
         console.say(
             f"repository {made.config.id} made. Keep its paper key in a safe place: p2v-backup key export -o FILE"
@@ -93,7 +95,7 @@ def backup(
         from p2v.origin import open_origin
 
         with (
-            open_repository(place.repo, level=_level(level)) as repository,
+            open_repository(place.repo, notice=console.notice, level=_level(level)) as repository,
             open_origin(source, connection.identity, connection.known_hosts, console) as origin,
             Backup(
                 repository,
@@ -156,9 +158,13 @@ def copy(
         from backup.place import open_repository
 
         with (
-            open_repository(place.repo) as source,
+            open_repository(place.repo, notice=console.notice) as source,
             open_repository(
-                to_repo, level=_level(level), variable="P2V_TO_PASSWORD", prompt="password of the other repository: "
+                to_repo,
+                notice=console.notice,
+                level=_level(level),
+                variable="P2V_TO_PASSWORD",
+                prompt="password of the other repository: ",
             ) as target,
         ):
             if source.config.id == target.config.id:

@@ -87,6 +87,7 @@ def ours(level: int) -> Tool:
         lambda repo: {
             "P2V_REPOSITORY": str(repo),
             "P2V_PASSWORD": "bench",
+            "XDG_STATE_HOME": f"{repo}.state",
             "PYTHONPATH": root,
             # As an installed program has it: compiled once, whatever this environment says of its own Python.
             "PYTHONDONTWRITEBYTECODE": "",

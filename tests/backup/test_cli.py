@@ -36,6 +36,7 @@ class Shell:
             "P2V_REPOSITORY": str(folder / "repository"),
             "P2V_PASSWORD": "correct horse",
             "XDG_CACHE_HOME": str(folder / "cache"),
+            "XDG_STATE_HOME": str(folder / "state"),
             "PYTHONPATH": str(Path(__file__).parents[2]),
         }
 

@@ -124,8 +124,7 @@ def run_backup(store: object, origin: TrackedOrigin) -> None:
 
 def run_forget_and_prune(store: object, _: TrackedOrigin) -> None:
     repository = Repository.open(store, PASSWORD)  # type: ignore[arg-type]
-    for point in repository.points()[:-1]:
-        repository.store.delete(f"points/{point.name}")
+    repository.forget(repository.points()[:-1])
     Prune(repository).run()
 
 
