@@ -11,6 +11,7 @@ from pathlib import Path
 from backup.clone import cloned
 from backup.reader import StoredCapture, StoredDisk
 from backup.repository import Point, PointDisk, Repository
+from formats import qemu_img
 from formats.block import BlockSink, BlockSource, Extent, data_bytes
 from formats.capture import Mark
 from formats.errors import UsageError
@@ -163,3 +164,20 @@ def serving(
             exports[str(number)] = below
     with NbdServer(exports, socket=socket, port=port, sinks=overlays) as server:
         yield server, [server.uri(str(number)) for number in range(len(ids))]
+
+
+def kept_overlays(point: Point, folder: Path, uris: Sequence[str]) -> list[Path]:
+    """qcow2 images over the served disks of a point, one each: what a machine writes is kept there. Those that are there already go on.
+
+    They name their disk's address: to be used again the point must be served with the same socket.
+    """
+    overlays = []
+    for number, uri in enumerate(uris):
+        path = folder / f"{point.short}-disk{number}.qcow2"
+        disk = point.disk(disk_number(point, number))
+        if not path.exists() and disk is not None:
+            part = path.with_name(f".{path.name}.part")
+            qemu_img.create(part, "qcow2", disk.size, {"backing_file": uri, "backing_fmt": "raw"})
+            part.rename(path)
+        overlays.append(path)
+    return overlays

@@ -148,6 +148,7 @@ def serve(
     socket: Path | None = None,
     port: int | None = None,
     writable: bool = False,
+    overlays: Path | None = None,
     place: Place = PLACE,
     output: Output = OUTPUT,
 ) -> int:
@@ -163,21 +164,34 @@ def serve(
         TCP port on the loopback address; 0: any. Open to every user of the computer.
     writable
         take writes into memory; they are gone at the end, and the point does not change.
+    overlays
+        folder for qcow2 images over the disks, which keep what a machine writes: start it from them. They go on when the same point is
+        served with the same folder again.
     """
 
     def action(console: Console) -> None:
         from backup.place import open_repository
         from backup.reader import StoredCapture
-        from backup.restore import serving
+        from backup.restore import kept_overlays, serving
 
+        if overlays is not None:
+            if socket is not None or port is not None or writable:
+                raise UsageError(
+                    "--overlays has its own socket, and the disks below are read only", advice="Name it alone."
+                )
+            if "," in str(overlays):
+                raise UsageError("--overlays takes a folder without a comma in its name")
+            overlays.mkdir(parents=True, exist_ok=True)
+        sock = overlays.resolve() / "nbd.sock" if overlays is not None else socket
         with (
             open_repository(place.repo, notice=console.notice) as repository,
             StoredCapture(repository, repository.find_point(point)) as capture,
-            serving(capture, socket=socket, port=port, writable=writable) as (server, uris),
+            serving(capture, socket=sock, port=port, writable=writable) as (server, uris),
         ):
-            console.data["uris"] = uris
+            kept = kept_overlays(capture.point, overlays, uris) if overlays is not None else []
+            console.data |= {"uris": uris, "overlays": [str(path) for path in kept]}
             for number, uri in enumerate(uris):
-                console.say(f"disk {number}  {uri}")
+                console.say(f"disk {number}  {kept[number] if kept else uri}")
             console.stdout.flush()
             ended = threading.Event()
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -309,14 +309,14 @@ item_initramfs() {
     while IFS='	' read -r version image made; do
         if [ ! -f "$R$image" ]; then
             left="$left; $image is not there"
-        elif settled "$version" "$image"; then
+        elif [ -e "$IN/rebuild" ] || [ -n "$rebuild_why" ]; then
+            rebuild "$version" "$image" "$made"
+            done_to="$done_to; $version: made anew${rebuild_why:+, because $rebuild_why}"
+        elif settled "$version" "$image" && [ "$(bb sed -n 2p "$R$STATE/initramfs.$version")" = drivers ]; then
             left="$left; $version was adapted before"
         elif [ ! -f "$IN/drivers.$version" ]; then
             rebuild "$version" "$image" "$made"
             done_to="$done_to; $version: made anew, what it held was not known"
-        elif [ -e "$IN/rebuild" ] || [ -n "$rebuild_why" ]; then
-            rebuild "$version" "$image" "$made"
-            done_to="$done_to; $version: made anew${rebuild_why:+, because $rebuild_why}"
         else
             lacking=$(bb awk -v show=names -f "$H/lacking.awk" "$IN/drivers.$version" "$IN/drivers" \
                 "$R/lib/modules/$version/modules.dep" | bb sort | bb tr '\n' ' ')
@@ -337,7 +337,13 @@ item_initramfs() {
 }
 
 mark() { printf '%s %s\n' "$(size "$R$1")" "$(bb tail -c 65536 "$R$1" | bb sha256sum | bb cut -c 1-64)"; }
-settled() { [ -f "$R$STATE/initramfs.$1" ] && [ "$(bb cat "$R$STATE/initramfs.$1")" = "$(mark "$2")" ]; }
+# Notes how the image $2 of kernel $1 was left, and what it was given: drivers, or what other items wanted in it.
+settle() {
+    given=others
+    wanted initramfs && given=drivers
+    bb mkdir -p "$R$STATE" && { mark "$2" && printf '%s\n' "$given"; } >"$R$STATE/initramfs.$1"
+}
+settled() { [ -f "$R$STATE/initramfs.$1" ] && [ "$(bb sed -n 1p "$R$STATE/initramfs.$1")" = "$(mark "$2")" ]; }
 
 # Appends the modules that the image $2 of kernel $1 lacks, with indexes of all that it then holds.
 add_drivers() {
@@ -371,8 +377,8 @@ add_drivers() {
 append_all() {
     while IFS='	' read -r version image made; do
         [ -f "$R$image" ] || continue
-        settled "$version" "$image" && continue
         new=$WORK/add.$version
+        settled "$version" "$image" && [ ! -d "$new" ] && continue
         if [ -d "$WORK/extra" ] && [ ! -e "$WORK/rebuilt.$version" ]; then
             bb mkdir -p "$new" && bb cp -r "$WORK/extra/." "$new/"
         fi
@@ -386,7 +392,7 @@ append_all() {
             die "no room for the drivers: $((more / 1024)) KiB are needed for $image, and there are $(room "$(bb dirname "$image")")"
         changing "$image"
         { bb dd if=/dev/zero bs="$pad" count=1 2>/dev/null && bb cat "$WORK/archive"; } >>"$R$image" || die "$image could not be written"
-        bb mkdir -p "$R$STATE" && mark "$image" >"$R$STATE/initramfs.$version"
+        settle "$version" "$image"
         say "appended $more bytes to $image; truncate -s $was takes them away"
     done <"$WORK/kernels"
 }
@@ -416,7 +422,7 @@ rebuild() {
     make-initrd) make-initrd -k "$1" >"$WORK/tool" 2>&1 </dev/null ;;
     *) die "there is no tool that could make $2 anew" ;;
     esac || die "$(tool) failed for $1: $(bb tail -n 5 "$WORK/tool" | bb tr '\n' ' ')"
-    bb mkdir -p "$R$STATE" && mark "$2" >"$R$STATE/initramfs.$1"
+    settle "$1" "$2"
 }
 # A tool may write anywhere: what is there before is noted where tools write text, and the time from which changes count.
 before_tools() {

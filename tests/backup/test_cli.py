@@ -110,7 +110,8 @@ def test_a_point_becomes_a_vm_of_a_platform(shell: Shell, image: Path, tmp_path:
 
 
 @contextlib.contextmanager
-def _serving(shell: Shell, *arguments: str) -> Iterator[str]:
+def serving(shell: Shell, *arguments: str) -> Iterator[str]:
+    """What `serve` says of the first disk, while it serves."""
     process = shell.start("serve", "latest", *arguments)
     try:
         assert process.stdout is not None
@@ -126,14 +127,14 @@ def _serving(shell: Shell, *arguments: str) -> Iterator[str]:
 @needs("qemu-img")
 def test_a_point_is_served(shell: Shell, image: Path) -> None:
     shell("backup", str(image))
-    with _serving(shell) as uri:
+    with serving(shell) as uri:
         done = subprocess.run(["qemu-img", "compare", uri, image], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_what_is_written_to_a_served_point_does_not_change_it(shell: Shell, image: Path, tmp_path: Path) -> None:
     shell("backup", str(image))
-    with _serving(shell, "--writable") as uri, contextlib.closing(connect(uri)) as disk:
+    with serving(shell, "--writable") as uri, contextlib.closing(connect(uri)) as disk:
         disk.write(memoryview(b"scribble"), 5 << 20)
         buffer = bytearray(8)
         disk.readinto(memoryview(buffer), 5 << 20)

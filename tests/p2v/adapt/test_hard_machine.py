@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from formats.machine import Firmware
-from p2v.adapt import Kind, Status
+from formats.definitions import Hardware as TargetHardware
+from formats.machine import Firmware, Machine
+from p2v.adapt import AdaptPlan, Kind, Status, plan_adaptation
 from p2v.cli import run
 from p2v.emulator import Chipset, Controller, Emulator, Hardware, Network, NicModel
 from p2v.errors import DoesNotBootError, HostError
@@ -145,3 +147,38 @@ def test_with_a_loader_but_no_driver_the_driver_is_named(
     assert "has no virtio_blk, virtio_pci for virtio-blk disks" in str(answer["errors"])
     assert answer["data"]["verdict"]["result"] == "fail"
     assert not (tmp_path / "out" / "metal3.xml").exists()
+
+
+def test_a_copy_that_does_not_find_its_root_is_repaired(
+    physical_uefi_dracut: PhysicalMachine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A converted folder that nobody adapted, and a plan that forgets the initramfs: the failed boot brings it back."""
+    physical, plain, repaired = physical_uefi_dracut, tmp_path / "plain", tmp_path / "repaired"
+    keys = ["--identity", str(physical.identity), "--known-hosts", str(physical.known_hosts)]
+    words = ["convert", f"ssh://root@127.0.0.1:{physical.ssh_port}", "--to", "libvirt", "-o", str(plain), *keys, "-q"]
+    assert run([*words, "--no-adapt", "--boot-check", "none"]) == 3
+
+    def forgetful(
+        machine: Machine,
+        hardware: TargetHardware | None = None,
+        only: frozenset[str] | None = None,
+        *,
+        rebuild: bool = False,
+    ) -> AdaptPlan:
+        plan = plan_adaptation(machine, hardware, only, rebuild=rebuild)
+        return plan if only else replace(plan, items=tuple(item for item in plan.items if item.name != "initramfs"))
+
+    monkeypatch.setattr("p2v.convert.plan_adaptation", forgetful)
+    capsys.readouterr()
+    assert run(["convert", str(plain), "--to", "qemu", "-o", str(repaired), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)["data"]
+    first, second = data["adaptation"]
+    assert "initramfs" not in {item["name"] for item in first["items"]}
+    assert {"name": "initramfs", "status": "done"}.items() <= next(
+        item for item in second["items"] if item["name"] == "initramfs"
+    ).items()
+    assert data["verdict"]["result"] == "pass"
+    assert (repaired / "metal3.sh").exists()

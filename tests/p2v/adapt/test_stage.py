@@ -277,6 +277,23 @@ def test_what_the_initramfs_must_know_is_appended(tmp_path: Path) -> None:
     assert (folder / "etc/systemd/network/10-p2v-enp0s25.link").exists()
     again = _run(tree, tmp_path / "home", record, items=("names", "network", "initramfs"))
     assert not again.changed and "adapted before" in again.items["initramfs"][1]
+    # One that was seen to lack something is made anew, whatever was appended to it (here there is no system that could).
+    anew = _run(tree, tmp_path / "home", record, items=("initramfs",), rebuild=True)
+    assert "no tool is run on a mere tree" in anew.error
+
+
+@needs("cpio")
+def test_what_other_items_appended_is_not_taken_for_drivers(tmp_path: Path) -> None:
+    """A first adaptation without the initramfs, then a repair with it."""
+    tree = _plant(tmp_path / "root", _DEBIAN)
+    record = machine(boot=Boot(loader="grub", kernels=(kernel(),)))
+    image = tree / "boot/initrd.img-6.1.0-1-amd64"
+    first = _run(tree, tmp_path / "home", record, items=("network",))
+    size = image.stat().st_size
+    assert "/boot/initrd.img-6.1.0-1-amd64" in first.changed and size > 1024
+    second = _run(tree, tmp_path / "home", record, items=("network", "initramfs"))
+    assert "lacks no driver of its kernel" in second.items["initramfs"][1]
+    assert image.stat().st_size == size  # and is not appended twice
 
 
 def test_modules_that_are_lacking_are_found_with_what_they_need(tmp_path: Path) -> None:
