@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from backup.manifest import SPAN, Entry, Tree, differing
 from backup.reader import StoredDisk
 from backup.repository import Point, Repository
-from formats.block import BlockSource, Extent, Kind, merged
-
-_BLOCK = 4096  # bytes that are told apart
-_STEP = 1 << 20  # bytes that are compared at once
+from formats.block import Extent, Kind, merged
+from formats.compare import differences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,32 +90,3 @@ def _unlike(old: list[Entry], new: list[Entry]) -> Iterator[tuple[int, int, Kind
             if at < end:
                 yield at, end - at, Kind.ZERO
         position += length
-
-
-def differences(old: BlockSource, new: BlockSource, where: Iterator[Extent]) -> Iterator[Extent]:
-    """The blocks of 4096 bytes that differ, of the extents ``where``, read in both: ascending, merged, DATA.
-
-    Bytes past the old size differ.
-    """
-    return merged(_differences(old, new, where))
-
-
-def _differences(old: BlockSource, new: BlockSource, where: Iterator[Extent]) -> Iterator[Extent]:
-    done = 0
-    for extent in where:
-        low = max(done, extent.start // _BLOCK * _BLOCK)
-        high = min(-(-extent.end // _BLOCK) * _BLOCK, new.size)
-        done = max(done, high)
-        for start in range(low, min(high, old.size), _STEP):
-            stop = min(start + _STEP, high, old.size)
-            one, other = bytearray(stop - start), bytearray(stop - start)
-            old.readinto(memoryview(one), start)
-            new.readinto(memoryview(other), start)
-            if one == other:
-                continue
-            for at in range(0, len(one), _BLOCK):
-                if one[at : at + _BLOCK] != other[at : at + _BLOCK]:
-                    yield Extent(start + at, min(_BLOCK, len(one) - at), Kind.DATA)
-        if high > max(low, old.size):
-            edge = max(low, old.size)
-            yield Extent(edge, high - edge, Kind.DATA)

@@ -197,6 +197,27 @@ def changes(folder: Path) -> None:
         print(f"{size // GIB:6} GiB{took:22.2f}{time.monotonic() - started:30.3f}", flush=True)
 
 
+def vast(tool: Tool, folder: Path) -> None:
+    """Time and peak memory for a disk of 16 TiB that holds 2 GiB in 256 places; on tmpfs, as ext4 has no such files."""
+    image, repository = folder / "vast.raw", folder / "repository"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    environment = tool.environment(repository)
+    with image.open("wb") as file:
+        file.truncate(16 << 40)
+        for number in range(256):
+            file.seek(number * (64 << 30) + number * 4096)
+            file.write(random.Random(number).randbytes(8 << 20))
+    run(tool.init(repository), environment, folder, repository)
+    for name in ("first", "again"):
+        step = run(tool.backup(repository, image, name), environment, folder, repository)
+        print(f"16 TiB, 2 GiB of data, {name}: {step.wall:.1f} s, peak {step.memory / MIB:.0f} MiB", flush=True)
+    image.unlink()
+    (folder / "target").mkdir()
+    step = run(tool.restore(repository, folder / "target"), environment, folder, repository)
+    print(f"16 TiB, 2 GiB of data, restore: {step.wall:.1f} s, peak {step.memory / MIB:.0f} MiB", flush=True)
+
+
 def main() -> None:
     """Run what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -205,7 +226,7 @@ def main() -> None:
     parser.add_argument("--image", type=Path, help="raw disk; default: a machine that tests have built")
     parser.add_argument("--second", type=Path, help="raw disk of another machine of the same distribution")
     parser.add_argument("--levels", default="3")
-    parser.add_argument("--only", default="", help="ours, restic, borg or changes")
+    parser.add_argument("--only", default="", help="ours, restic, borg, changes or vast")
     arguments = parser.parse_args()
     image = arguments.image or next(iter(sorted(_CACHE.glob("bios-plain-*/disk.raw"))), None)
     second = arguments.second or next(iter(sorted(_CACHE.glob("bios-lvm-*/disk.raw"))), None)
@@ -218,6 +239,9 @@ def main() -> None:
             compare(tools, image, second, Path(scratch) / "work", arguments.runs)
         if arguments.only in ("", "changes"):
             changes(Path(scratch) / "changes")
+    if arguments.only in ("", "vast"):
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
+            vast(ours(3), Path(scratch) / "vast")
 
 
 if __name__ == "__main__":

@@ -2,66 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import cyclopts
 from cyclopts import Parameter
 
-from formats.errors import InterruptedRunError, ToolkitError, UsageError
+from formats.errors import UsageError
+from p2v.cli import image
+from p2v.cli.base import CONNECTION, OUTPUT, Connection, Output, app, perform
 from p2v.config import FREEZE_SECONDS
 from p2v.console import Console, human_size, human_time, record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from formats.machine import Machine
     from p2v.preflight import Finding
     from p2v.target.verdict import Verdict
-
-app = cyclopts.App(
-    name="p2v",
-    version=lambda: metadata.version("p2v-toolkit"),
-    help="Turn a running machine, a virtual machine or a disk image into a VM for any platform that is seen to boot.",
-    version_flags=["--version"],
-    help_format="markdown",
-    default_parameter=Parameter(negative="", show_default=False),
-)
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
-    """What every command takes."""
-
-    json: bool = False
-    "Print the result as one JSON document on standard output."
-    quiet: Annotated[bool, Parameter(alias="-q")] = False
-    "Show errors and notices only."
-    verbose: Annotated[bool, Parameter(alias="-v")] = False
-    "Show what is done in detail; an unexpected error with its traceback."
-    log_json: bool = False
-    "Write the log on standard error as JSON lines."
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Connection:
-    """How an SSH source is reached. Passwords come from P2V_SSH_PASSWORD and P2V_SUDO_PASSWORD (or _FILE, _COMMAND)."""
-
-    identity: Annotated[Path | None, Parameter(alias="-i")] = None
-    "Private key for SSH."
-    known_hosts: Path | None = None
-    "File of known host keys, instead of ~/.ssh/known_hosts. Unknown hosts are refused."
-
-
-_OUTPUT = Output()
-_CONNECTION = Connection()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,44 +42,11 @@ def run(arguments: Sequence[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def perform(name: str, output: Output, action: Callable[[Console], int | None]) -> int:
-    """Run ``action`` as the command ``name``: every way it can end becomes an exit code and an honest last line."""
-    console = Console(json_output=output.json, quiet=output.quiet, verbose=output.verbose, log_json=output.log_json)
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGHUP, _terminate)
-    try:
-        return console.finish(name, exit_code=action(console))
-    except ToolkitError as error:
-        if output.verbose:
-            _traceback(console)
-        return console.finish(name, error)
-    except KeyboardInterrupt:
-        return console.finish(name, InterruptedRunError("the run was interrupted; what it held is released"))
-    except BrokenPipeError:
-        # Whoever read our output has gone: nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        _traceback(console)
-        advice = "This is a defect of the toolkit. Please report it with the lines above."
-        return console.finish(name, ToolkitError(f"unexpected error: {type(error).__name__}: {error}", advice=advice))
-
-
-def _terminate(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _traceback(console: Console) -> None:
-    import traceback
-
-    console.log(traceback.format_exc().rstrip(), level="debug")
-
-
 # -- inspect ---------------------------------------------------------------------------------------------------------
 
 
 @app.command
-def inspect(source: str, /, *, connection: Connection = _CONNECTION, output: Output = _OUTPUT) -> int:
+def inspect(source: str, /, *, connection: Connection = CONNECTION, output: Output = OUTPUT) -> int:
     """Show what a machine is: hardware, firmware, disks, layout, operating system, boot, network.
 
     Nothing is written on the source.
@@ -210,8 +136,8 @@ def preflight(
     *,
     to: str,
     disk_format: Annotated[str, Parameter(name="--disk-format")] = "",
-    connection: Connection = _CONNECTION,
-    output: Output = _OUTPUT,
+    connection: Connection = CONNECTION,
+    output: Output = OUTPUT,
 ) -> int:
     """Say whether a machine will boot on a platform: findings with the fix for each, before a byte is copied.
 
@@ -269,8 +195,8 @@ def convert(
     adapt_only: Annotated[tuple[str, ...], Parameter(name="--adapt-only", metavar="ITEM")] = (),
     freeze_limit: Annotated[int, Parameter(name="--freeze-limit")] = FREEZE_SECONDS,
     dry_run: Annotated[bool, Parameter(name="--dry-run", alias="-n")] = False,
-    connection: Connection = _CONNECTION,
-    output: Output = _OUTPUT,
+    connection: Connection = CONNECTION,
+    output: Output = OUTPUT,
 ) -> int:
     """Make a virtual machine of a running machine, a VM or an image, and see it boot before the bulk copy.
 
@@ -343,7 +269,7 @@ def boot(
     timeout: int = 0,
     memory: int = 0,
     evidence: Path | None = None,
-    output: Output = _OUTPUT,
+    output: Output = OUTPUT,
 ) -> int:
     """Boot an image or a converted machine on the emulated target and say what was seen. Nothing is written to it.
 
@@ -396,7 +322,7 @@ def show_verdict(console: Console, verdict: Verdict) -> None:
 
 
 @app.command
-def platforms(*, output: Output = _OUTPUT) -> int:
+def platforms(*, output: Output = OUTPUT) -> int:
     """List the target platforms: disk formats, buses, NICs, firmware and limits of each."""
 
     def action(console: Console) -> None:
@@ -413,7 +339,7 @@ def platforms(*, output: Output = _OUTPUT) -> int:
 
 
 @app.command
-def cleanup(source: str, /, *, connection: Connection = _CONNECTION, output: Output = _OUTPUT) -> int:
+def cleanup(source: str, /, *, connection: Connection = CONNECTION, output: Output = OUTPUT) -> int:
     """Remove what a killed run left on a source: snapshots named p2v-*. (Frozen file systems thaw by themselves.)
 
     What a run that is still alive holds is left alone.
@@ -436,3 +362,6 @@ def cleanup(source: str, /, *, connection: Connection = _CONNECTION, output: Out
             console.say("nothing was left there")
 
     return perform("cleanup", output, action)
+
+
+__all__ = ["Connection", "Output", "app", "image", "main", "perform", "run", "show_findings", "show_verdict"]
