@@ -141,13 +141,9 @@ def test_an_image_that_reaches_elsewhere_is_refused(tmp_path: Path, capsys: pyte
         ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", "/etc/shadow", "-F", "raw", image, "1M"], check=True
     )
     assert p2v(capsys, "info", image)["data"]["image"]["backing"] == "/etc/shadow"
-    for command in (
-        ["map", image],
-        ["check", image],
-        ["convert", image, tmp_path / "out.raw"],
-        ["compare", image, image],
-    ):
-        p2v(capsys, *command, expect=22)
+    for command in ("map", "check", "compare", "convert"):
+        more = {"compare": [image], "convert": [tmp_path / "out.raw"]}.get(command, [])
+        p2v(capsys, command, image, *more, expect=22)
 
 
 PRODUCTS = {
