@@ -228,9 +228,8 @@ def convert(
 class Server:
     """A running qemu-nbd that serves one image on a private Unix socket; a context manager.
 
-    ``compressed`` passes writes through QEMU's compress filter: whole clusters, each once. ``options`` are run-time options
-    of the format's driver. ``backing`` is the NBD URI of the disk below a qcow2 overlay; without it nothing lies below.
-    ``clients`` bounds simultaneous connections. The socket lies in a directory of its own with mode 0700.
+    ``options`` are run-time options of the format's driver. ``backing`` is the NBD URI of the disk below a qcow2 overlay; without it
+    nothing lies below. ``clients`` bounds simultaneous connections. The socket lies in a directory of its own with mode 0700.
     """
 
     def __init__(
@@ -239,7 +238,6 @@ class Server:
         image_format: str,
         *,
         writable: bool = False,
-        compressed: bool = False,
         clients: int = 16,
         cache: str = "writeback",
         options: Mapping[str, object] | None = None,
@@ -250,7 +248,7 @@ class Server:
         self._socket = self._folder / "s"
         argv = ["qemu-nbd", "--persistent", f"--shared={clients}", f"--socket={self._socket}", f"--cache={cache}"]
         argv += ["--discard=unmap"] if writable else ["--read-only"]
-        argv.append(node(image, image_format, options=options, compressed=compressed, backing=backing))
+        argv.append(node(image, image_format, options=options, backing=backing))
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the server
         self._closed = False
         try:
@@ -330,7 +328,6 @@ def node(
     image_format: str,
     *,
     options: Mapping[str, object] | None = None,
-    compressed: bool = False,
     backing: str = "",
 ) -> str:
     """The ``json:`` name of an image for QEMU: its format stated, its backing file cut off or replaced by the NBD URI ``backing``; an
@@ -343,8 +340,6 @@ def node(
     tree: dict[str, object] = {"driver": image_format, "file": _file_node(image), **(options or {})}
     if image_format in ("qcow2", "vmdk", "qed", "qcow"):
         tree["backing"] = {"driver": "raw", "file": _nbd_node(backing)} if backing else None
-    if compressed:
-        tree = {"driver": "compress", "file": tree}
     return "json:" + json.dumps(tree, ensure_ascii=False)
 
 

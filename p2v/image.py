@@ -163,7 +163,7 @@ def plan_conversion(
         subformat=layout.name,
         compress=compress,
         size=header.size,
-        new_size=image_size(chosen, header.size, subformat, compress),
+        new_size=image_size(chosen, header.size, subformat),
         force=force,
     )
 

@@ -217,7 +217,7 @@ def create_sink(path: Path, format: str, size: int, *, subformat: str = "", comp
     """
     chosen = image_format(format)
     layout = chosen.subformat(subformat)
-    rounded = image_size(format, size, subformat, compress)
+    rounded = image_size(format, size, subformat)
     if compress and (chosen.name != "qcow2" or compress not in _COMPRESSIONS):
         raise UsageError(f"{format} cannot be compressed with {compress!r}", advice="qcow2 takes zlib and zstd")
     if chosen.name == "raw":
@@ -228,17 +228,16 @@ def create_sink(path: Path, format: str, size: int, *, subformat: str = "", comp
         from formats.images.vmdk_stream import create_stream
 
         return create_stream(path, rounded)
-    from formats import qemu_img
-    from formats.images.served import CompressedSink, ServedSink
+    if compress:
+        from formats.images.qcow2_stream import create_compressed
 
-    # A compatible choice where it is free: zstd needs a flag that readers before QEMU 5.1 refuse.
-    options = {**layout.options, **({"compression_type": compress} if compress == "zstd" else {})}
-    qemu_img.create(path, chosen.driver, rounded, options)
-    return (
-        CompressedSink(path, image_size(format, size, subformat))
-        if compress
-        else ServedSink(path, chosen.driver, rounded)
-    )
+        version = 2 if layout.options.get("compat") == "0.10" else 3
+        return create_compressed(path, rounded, compress, version=version)
+    from formats import qemu_img
+    from formats.images.served import ServedSink
+
+    qemu_img.create(path, chosen.driver, rounded, layout.options)
+    return ServedSink(path, chosen.driver, rounded)
 
 
 __all__ = [

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from formats.errors import ImageUnsupportedError, UsageError
 
 _GIB, _TIB = 1 << 30, 1 << 40
-_CLUSTER = 64 << 10  # of qcow2, as qemu-img creates it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,17 +150,14 @@ def image_format(name: str) -> ImageFormat:
         raise UsageError(f"there is no disk format {name!r}", advice=f"the formats are: {', '.join(FORMATS)}") from None
 
 
-def image_size(name: str, size: int, subformat: str = "", compress: str = "") -> int:
+def image_size(name: str, size: int, subformat: str = "") -> int:
     """Bytes of the virtual disk that an image for ``size`` bytes will have: rounded up to the format's sectors.
-
-    A compressed image holds whole clusters (QEMU's compress filter takes nothing less).
 
     ``ImageUnsupportedError`` names the alternative when the format cannot hold it: ask before a byte is written.
     """
     chosen = image_format(name)
     layout = chosen.subformat(subformat)
-    unit = _CLUSTER if compress else chosen.sector
-    rounded = -(-size // unit) * unit
+    rounded = -(-size // chosen.sector) * chosen.sector
     if rounded > layout.limit:
         raise ImageUnsupportedError(
             f"a disk of {size} bytes is too large for {chosen.name} ({layout.name}): the limit is {layout.limit} bytes",

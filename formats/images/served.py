@@ -8,13 +8,10 @@ from pathlib import Path
 from formats import qemu_img
 from formats.block import Extent, check_range
 from formats.errors import ImageError, ImageToolError, WriteError
-from formats.images.ascending import Gatherer
 from formats.nbd import NbdDisk, connect
 
 _CONNECTIONS = 4
 _PATIENCE = 600.0  # seconds for one request: a flush waits for everything that is cached above a slow disk
-_CLUSTER = 64 << 10  # of qcow2, as qemu-img creates it
-_BATCH = 16 * _CLUSTER  # bytes of disk in one compressed write
 
 
 class ServedSource:
@@ -68,9 +65,9 @@ class ServedSink:
 
     random_access = True
 
-    def __init__(self, path: Path, driver: str, size: int, *, compressed: bool = False) -> None:
+    def __init__(self, path: Path, driver: str, size: int) -> None:
         self._path = path
-        self._server = qemu_img.Server(path, driver, writable=True, compressed=compressed)
+        self._server = qemu_img.Server(path, driver, writable=True)
         try:
             self._disk: NbdDisk = connect(self._server.uri, connections=_CONNECTIONS, timeout=_PATIENCE)
         except BaseException:
@@ -108,53 +105,3 @@ class ServedSink:
             self._server.close()
         except ImageToolError as error:
             raise WriteError(f"{self._path} was not finished: {error}", subject=str(self._path)) from error
-
-
-class CompressedSink:
-    """A new compressed qcow2: ascending writes, whole clusters, each once, compressed by QEMU.
-
-    The image was created with ``size`` rounded up to whole clusters: QEMU's compress filter takes nothing less.
-    """
-
-    random_access = False
-
-    def __init__(self, path: Path, size: int) -> None:
-        rounded = -(-size // _CLUSTER) * _CLUSTER
-        self._sink = ServedSink(path, "qcow2", rounded, compressed=True)
-        self._size = size
-        self._gatherer = Gatherer(rounded, _BATCH, lambda batch, offset: self._sink.write(memoryview(batch), offset))
-        self._ended = self._closed = False
-
-    @property
-    def size(self) -> int:
-        """Bytes of the disk that can be written; the image may have up to 64 KiB more, which read as zeroes."""
-        return self._size
-
-    def write(self, data: memoryview, offset: int) -> None:
-        """Take ``data`` at ``offset``, behind all that was written before."""
-        self._check(offset, len(data))
-        self._gatherer.write(data, offset)
-
-    def zero(self, start: int, length: int) -> None:
-        """Leave a range zero: it takes no room."""
-        self._check(start, length)
-        self._gatherer.skip(start, length)
-
-    def flush(self) -> None:
-        """Write what is gathered, and make all stable. Nothing can be written afterwards; a second call does nothing more."""
-        if self._closed:
-            raise ValueError("the image is closed")
-        if not self._ended:
-            self._ended = True
-            self._gatherer.finish()
-        self._sink.flush()
-
-    def close(self) -> None:
-        """End the server."""
-        self._closed = True
-        self._sink.close()
-
-    def _check(self, start: int, length: int) -> None:
-        if self._closed or self._ended:
-            raise ValueError("the image is closed" if self._closed else "the end of the image is written")
-        check_range(self._size, start, length)

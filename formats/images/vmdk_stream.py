@@ -7,19 +7,13 @@ the last sectors. qemu-img leaves out markers, footer and often the end of the s
 
 from __future__ import annotations
 
-import errno
-import os
 import secrets
-import stat
 import struct
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from formats.errors import ImageUnsupportedError, NoSpaceError, WriteError
-from formats.images.ascending import Gatherer
+from formats.errors import ImageUnsupportedError, WriteError
+from formats.images.stream import Compress, CompressedStream, zlib_compressor
 
 GRAIN = 64 << 10
 """Bytes of disk in one grain."""
@@ -35,21 +29,16 @@ _TABLE_MARKER, _DIRECTORY_MARKER, _FOOTER_MARKER = 1, 2, 3
 _HEADER = struct.Struct("<4sIIQQQQIQQQB4sH433x")
 _BATCH = 1 << 20  # bytes of disk that one task compresses
 _ZEROES = bytes(GRAIN)
-_LEVEL = 1
 
 _Grains = list[tuple[int, int]]  # number of a grain, sectors that it takes in the file
-_Compress = Callable[[bytes], bytes]
 
 
-class StreamOptimizedSink:
+class StreamOptimizedSink(CompressedStream[tuple[_Grains, bytes]]):
     """A sequential ``BlockSink`` that writes one streamOptimized VMDK to ``output``: a file, a pipe, a member of an archive.
 
-    ``output`` needs ``write`` only; it is flushed (to stable storage where it is a file), and closed only with ``owned``.
-    ``size`` is a multiple of 512 up to 62 TiB; ``name`` is the file name for the descriptor. ``threads`` compress; memory is
-    about 3 MiB for each. Until ``flush`` returns, what was written is no image.
+    ``output`` needs ``write`` only; see ``CompressedStream``. ``size`` is a multiple of 512 up to 62 TiB; ``name`` is the file name for the
+    descriptor.
     """
-
-    random_access = False
 
     def __init__(
         self,
@@ -64,94 +53,32 @@ class StreamOptimizedSink:
     ) -> None:
         if size <= 0 or size % _SECTOR:
             raise ValueError(f"a VMDK of {size} bytes: not a positive multiple of {_SECTOR}")
-        self._output, self._size, self._owned = output, size, owned
-        self._gatherer = Gatherer(size, _BATCH, self._submit)
-        self._workers = threads or min(8, os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="vmdk")
-        self._pending: deque[Future[tuple[_Grains, bytes]]] = deque()
-        self._compress = _compressor()
+        super().__init__(output, size, batch=_BATCH, threads=threads, owned=owned)
+        self._compress = zlib_compressor()
         self._sector = 0  # where the next write to the file goes
         self._table: list[int] = [0] * _TABLE_ENTRIES
         self._table_number = 0
         grains = -(-size // GRAIN)
         self._directory = [0] * -(-grains // _TABLE_ENTRIES)
-        self._ended = self._closed = False
-        self._broken: NoSpaceError | WriteError | None = (
-            None  # after it the file has a hole: nothing more may be said to be stored
-        )
         self._head = descriptor(size, name=name, adapter=adapter, hardware=hardware)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the disk."""
-        return self._size
 
     @property
     def file_size(self) -> int:
         """Bytes of the file so far; all of it after ``flush``."""
         return self._sector * _SECTOR
 
-    def write(self, data: memoryview, offset: int) -> None:
-        """Take ``data`` at ``offset``, behind all that was written before."""
-        self._check_open()
-        self._gatherer.write(data, offset)
+    def _pack(self, batch: bytes | bytearray, offset: int) -> tuple[_Grains, bytes]:
+        return _pack(self._compress, batch, offset // GRAIN)
 
-    def zero(self, start: int, length: int) -> None:
-        """Leave a range zero: it takes no room."""
-        self._check_open()
-        self._gatherer.skip(start, length)
+    def _finish(self) -> None:
+        self._begin()
+        self._end_table()
+        self._write_end()
 
-    def flush(self) -> None:
-        """Write the end of the file and make it stable. Nothing can be written afterwards; a second call does nothing."""
-        if self._closed:
-            raise ValueError("the image is closed")
-        if self._broken is not None:
-            raise self._broken
-        if not self._ended:
-            self._ended = True
-            self._gatherer.finish()
-            while self._pending:
-                self._take()
-            self._begin()
-            self._end_table()
-            self._write_end()
-            self._pool.shutdown()
-        self._stabilise()
-
-    def close(self) -> None:
-        """Stop the threads, and close an owned file. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        self._pool.shutdown(cancel_futures=True)
-        if self._owned:
-            try:
-                self._output.close()
-            except OSError as error:
-                raise self._failure(error) from error
-
-    def _check_open(self) -> None:
-        if self._broken is not None:
-            raise self._broken
-        if self._closed or self._ended:
-            raise ValueError("the image is closed" if self._closed else "the end of the image is written")
-
-    def _submit(self, batch: bytes | bytearray, offset: int) -> None:
-        self._pending.append(self._pool.submit(_pack, self._compress, batch, offset // GRAIN))
-        while len(self._pending) > 2 * self._workers or (self._pending and self._pending[0].done()):
-            self._take()
-
-    def _take(self) -> None:
-        """Write the oldest batch when it is compressed; whatever goes wrong there leaves a hole, so the image is given up."""
-        try:
-            self._append(*self._pending.popleft().result())
-        except BaseException:
-            self._broken = self._broken or WriteError("the image was given up after an error")
-            raise
-
-    def _append(self, grains: _Grains, packed: bytes) -> None:
+    def _append(self, packed: tuple[_Grains, bytes]) -> None:
         """Write the grains of one batch, closing a grain table wherever they pass its end."""
-        view, done = memoryview(packed), 0
+        grains, content = packed
+        view, done = memoryview(content), 0
         self._begin()
         for number, sectors in grains:
             table, entry = divmod(number, _TABLE_ENTRIES)
@@ -200,31 +127,8 @@ class StreamOptimizedSink:
                 "the disk does not fit a streamOptimized VMDK: more than 2 TiB when compressed",
                 advice="take qcow2 or raw",
             )
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[self._output.write(view) :]
-        except OSError as error:
-            raise self._failure(error) from error
+        super()._put(data)
         self._sector += sectors
-
-    def _stabilise(self) -> None:
-        try:
-            self._output.flush()
-            if (file := _stable_file(self._output)) is not None:
-                os.fsync(file)
-        except OSError as error:
-            raise self._failure(error) from error
-
-    def _failure(self, error: OSError) -> NoSpaceError | WriteError:
-        subject = str(getattr(self._output, "name", "the image"))
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            self._broken = NoSpaceError(
-                f"no space is left for {subject}", advice="free space there or name another place"
-            )
-        else:
-            self._broken = WriteError(f"{subject} cannot be written: {error.strerror}", subject=subject)
-        return self._broken
 
 
 def create_stream(path: Path, size: int, *, threads: int = 0) -> StreamOptimizedSink:
@@ -267,7 +171,7 @@ def descriptor(size: int, *, name: str, adapter: str, hardware: str) -> bytes:
     return "\n".join(lines).encode().ljust(_DESCRIPTOR_SECTORS * _SECTOR, b"\0")
 
 
-def _pack(compress: _Compress, batch: bytes | bytearray, first: int) -> tuple[_Grains, bytes]:
+def _pack(compress: Compress, batch: bytes | bytearray, first: int) -> tuple[_Grains, bytes]:
     """Compress the grains of a batch that hold data: each with its marker, padded to sectors."""
     grains: _Grains = []
     pieces: list[bytes] = []
@@ -290,24 +194,3 @@ def _marker(sectors: int, kind: int) -> bytes:
 
 def _padded(data: bytes) -> bytes:
     return data.ljust(-(-len(data) // _SECTOR) * _SECTOR, b"\0")
-
-
-def _compressor() -> _Compress:
-    """isal is four times as fast as zlib at nearly its ratio, and its streams are zlib's; zlib where it has no build."""
-    try:
-        from isal import isal_zlib
-    except ImportError:
-        import zlib
-
-        return lambda grain: zlib.compress(grain, _LEVEL)
-    return lambda grain: isal_zlib.compress(grain, _LEVEL)
-
-
-def _stable_file(output: BinaryIO) -> int | None:
-    """The descriptor of an output that has stable storage below it: not that of a pipe or of something without one."""
-    try:
-        file = output.fileno()
-    except (OSError, AttributeError):
-        return None
-    mode = os.fstat(file).st_mode
-    return file if stat.S_ISREG(mode) or stat.S_ISBLK(mode) else None
