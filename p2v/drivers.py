@@ -15,6 +15,7 @@ BUS_DRIVERS: Mapping[Bus, tuple[frozenset[str], ...]] = {
     Bus.NVME: (frozenset({"nvme"}),),
     Bus.SCSI: (frozenset({"mptspi", "sym53c8xx", "vmw_pvscsi", "BusLogic"}), frozenset({"sd_mod"})),
     Bus.SAS: (frozenset({"mptsas"}), frozenset({"sd_mod"})),
+    Bus.XEN: (frozenset({"xen_blkfront", "ata_piix", "ata_generic"}),),  # the first disks are emulated IDE too
 }
 """Modules without which the disks on a bus are not found: of each set one. The kernel's own names, without .ko, with "_"."""
 

@@ -39,7 +39,15 @@ MODERN = replace(
     clock_utc=False,
 )
 
-FORMATS = {"qemu": "qcow2", "libvirt": "qcow2", "vmware-workstation": "vmdk", "hyperv": "vhdx"}
+FORMATS = {
+    "proxmox": "qcow2",
+    "vsphere": "vmdk",
+    "xen": "qcow2",
+    "qemu": "qcow2",
+    "libvirt": "qcow2",
+    "vmware-workstation": "vmdk",
+    "hyperv": "vhdx",
+}
 SUFFIXES = {"qcow2": "qcow2", "vmdk": "vmdk", "vhdx": "vhdx"}
 CHOICES: dict[str, tuple[str, Machine, Hardware]] = {
     "qemu-bios": ("qemu", METAL, Hardware(bus=Bus.SATA, nic="e1000")),
@@ -56,6 +64,20 @@ CHOICES: dict[str, tuple[str, Machine, Hardware]] = {
         MODERN,
         Hardware(bus=Bus.NVME, nic="vmxnet3", firmware=Firmware.UEFI, network="bridged"),
     ),
+    "proxmox-bios": ("proxmox", METAL, Hardware(bus=Bus.SATA, nic="e1000")),
+    "proxmox-uefi": (
+        "proxmox",
+        MODERN,
+        Hardware(bus=Bus.VIRTIO_SCSI, nic="virtio", firmware=Firmware.UEFI, network="vmbr7"),
+    ),
+    "vsphere-bios": ("vsphere", METAL, Hardware(bus=Bus.SCSI, nic="e1000", controller="lsilogic")),
+    "vsphere-uefi": (
+        "vsphere",
+        MODERN,
+        Hardware(bus=Bus.NVME, nic="vmxnet3", firmware=Firmware.UEFI, secure_boot=True, network="LAN"),
+    ),
+    "xen-bios": ("xen", METAL, Hardware(bus=Bus.XEN, nic="e1000")),
+    "xen-uefi": ("xen", MODERN, Hardware(bus=Bus.XEN, nic="rtl8139", firmware=Firmware.UEFI, network="br0")),
     "hyperv-bios": ("hyperv", METAL, Hardware(bus=Bus.IDE, nic="synthetic")),
     "hyperv-uefi": (
         "hyperv",

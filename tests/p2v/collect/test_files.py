@@ -11,6 +11,7 @@ import pytest
 
 from formats import qemu_img
 from formats.capture import Consistency, Unknown
+from formats.definitions import PLATFORMS
 from formats.errors import ImageError, ImageUnsupportedError, ReadError, ToolkitError, UnsafeImageError
 from formats.images.raw import RawFile
 from formats.machine import Disk, Firmware
@@ -292,3 +293,21 @@ def test_a_password_in_a_source_is_not_echoed(capsys: pytest.CaptureFixture[str]
     assert run(["inspect", "ssh://root:pa/ss@host", "--json"]) == 2
     shown = capsys.readouterr()
     assert "pa/ss" not in shown.out + shown.err
+
+
+@needs("qemu-img", "qemu-nbd")
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_an_image_becomes_a_machine_of_every_platform(
+    tmp_path: Path, platform: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, folder = tmp_path / "web.raw", tmp_path / "vm"
+    image.write_bytes(bytes(range(256)) * 8192)
+    words = ["convert", str(image), "--to", platform, "-o", str(folder), "--boot-check", "none", "--json"]
+    assert run(words) == 3  # not seen to boot
+    plan = json.loads(capsys.readouterr().out)["data"]["plan"]
+    assert (folder / f"web{PLATFORMS[platform].suffix}").exists()
+    (disk,) = plan["disks"]
+    back = tmp_path / "back.raw"
+    assert run(["image", "convert", str(folder / disk["file"]), str(back), "-q"]) == 0
+    assert back.read_bytes()[: 2 << 20] == image.read_bytes()
+    assert run(["convert", str(folder), "--to", "qemu", "-o", str(tmp_path / "on"), "--boot-check", "none", "-q"]) == 3
