@@ -342,6 +342,8 @@ def _authenticate(transport: paramiko.Transport, endpoint: Endpoint) -> None:
             allowed = set(error.allowed_types)
             tried.append(f"{words}: the host takes no {method}")
         except paramiko.AuthenticationException as error:
+            if "timeout" in str(error).lower():  # paramiko's word for no answer at all: nobody refused anything
+                raise paramiko.SSHException("it does not answer the login") from error
             tried.append(f"{words}: {'refused' if 'ailed' in str(error) else str(error).lower().rstrip('.')}")
         if transport.is_authenticated():
             return

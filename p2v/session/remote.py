@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from p2v.errors import CommandError, HostError, LinkLostError, PrivilegeError
+from p2v.errors import AuthenticationError, CommandError, HostError, HostKeyError, LinkLostError, PrivilegeError
 from p2v.session.target import Endpoint, SshTarget, resolve
 
 if TYPE_CHECKING:
@@ -376,7 +376,12 @@ class Session:
             if self._closed:
                 raise HostError(f"the session with {self.host} is closed", subject=self.host)
             if lane not in self._lanes:
-                self._lanes[lane] = log_in(self._endpoint)
+                try:
+                    self._lanes[lane] = log_in(self._endpoint)
+                except (HostKeyError, AuthenticationError):
+                    raise
+                except HostError as error:  # the host could be reached a moment ago
+                    raise _link_lost(self.host, f"no further connection can be made ({error.message})") from error
             return self._lanes[lane]
 
     def transport(self) -> paramiko.Transport:

@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -360,3 +361,38 @@ class TestLink:
             link.freeze()
             with pytest.raises(LinkLostError, match="sent nothing"):
                 process.read(1)
+
+    def test_a_further_connection_that_cannot_be_made_is_a_lost_link(
+        self, sshd: SshServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("p2v.session.login.CONNECT_SECONDS", 2.0)
+        with proxy(sshd.port) as link, Session.connect(sshd.target(port=link.port)) as made:
+            link.freeze()
+            with pytest.raises(LinkLostError, match="no further connection"):
+                made.start("true", lane=1)
+
+    @pytest.mark.parametrize("lane", [0, 1])
+    def test_a_login_that_is_not_answered_is_no_refusal(
+        self, sshd: SshServer, monkeypatch: pytest.MonkeyPatch, lane: int
+    ) -> None:
+        from p2v.session import login
+
+        with proxy(sshd.port) as link:
+            target = sshd.target(port=link.port)
+            made = Session.connect(target) if lane else None
+            plain = login._attempts
+
+            def silent(*words: Any) -> Any:
+                link.freeze()  # when the host has told what it takes
+                return plain(*words)
+
+            monkeypatch.setattr("p2v.session.login._attempts", silent)
+            monkeypatch.setattr("p2v.session.login.CONNECT_SECONDS", 2.0)
+            if made is None:
+                with pytest.raises(HostError, match="does not answer the login") as caught:
+                    Session.connect(target)
+                assert caught.value.exit_code == HostError.exit_code
+            else:
+                with pytest.raises(LinkLostError, match="does not answer the login"):
+                    made.start("true", lane=lane)
+                made.close()
