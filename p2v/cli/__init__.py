@@ -6,12 +6,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import cyclopts
 from cyclopts import Parameter
 
-from formats.errors import UsageError
 from p2v.cli import image
-from p2v.cli.base import CONNECTION, OUTPUT, Connection, Output, app, perform
+from p2v.cli.base import CONNECTION, OUTPUT, Connection, Output, app, perform, run_app
 from p2v.config import FREEZE_SECONDS
 from p2v.console import Console, human_size, human_time, record
 
@@ -30,16 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
-    try:
-        result = app(list(arguments), exit_on_error=False, print_error=False, result_action="return_value")
-    except cyclopts.CycloptsError as error:
-        console = Console(json_output="--json" in arguments)
-        name = " ".join(word for word in list(arguments)[:1] if not word.startswith("-")) or "p2v"
-        usage = UsageError(
-            str(error).strip(), advice=f"See: p2v {name if name != 'p2v' else ''} --help".replace("  ", " ")
-        )
-        return console.finish(name, usage)
-    return result if isinstance(result, int) else 0
+    return run_app(app, arguments)
 
 
 # -- inspect ---------------------------------------------------------------------------------------------------------
@@ -364,4 +353,4 @@ def cleanup(source: str, /, *, connection: Connection = CONNECTION, output: Outp
     return perform("cleanup", output, action)
 
 
-__all__ = ["Connection", "Output", "app", "image", "main", "perform", "run", "show_findings", "show_verdict"]
+__all__ = ["Connection", "Output", "app", "image", "main", "perform", "run", "run_app", "show_findings", "show_verdict"]

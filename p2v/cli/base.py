@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 import cyclopts
 from cyclopts import Parameter
 
-from formats.errors import InterruptedRunError, ToolkitError
+from formats.errors import InterruptedRunError, ToolkitError, UsageError
 from p2v.console import Console
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 app = cyclopts.App(
     name="p2v",
@@ -57,6 +57,18 @@ class Connection:
 
 OUTPUT = Output()
 CONNECTION = Connection()
+
+
+def run_app(program: cyclopts.App, arguments: Sequence[str]) -> int:
+    """Run one command line of a program and return its exit code; what cannot be parsed is a usage error like any other."""
+    try:
+        result = program(list(arguments), exit_on_error=False, print_error=False, result_action="return_value")
+    except cyclopts.CycloptsError as error:
+        program_name = program.name[0]
+        name = next((word for word in arguments[:1] if not word.startswith("-")), "")
+        usage = UsageError(str(error).strip(), advice=f"See: {' '.join(filter(None, (program_name, name)))} --help")
+        return Console(json_output="--json" in arguments).finish(name or program_name, usage)
+    return result if isinstance(result, int) else 0
 
 
 def perform(name: str, output: Output, action: Callable[[Console], int | None]) -> int:

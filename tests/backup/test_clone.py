@@ -10,7 +10,7 @@ import pytest
 
 from backup.clone import cloned, shared_identity
 from formats.machine import Machine, Nic, OperatingSystem, Platform
-from tests.backup.test_cli import Shell
+from tests.backup.shell import Shell
 
 ORIGINAL = Machine(
     name="web.example.org",

@@ -144,7 +144,7 @@ def test_what_is_damaged_is_not_copied(world: World) -> None:
 
 
 def test_on_the_command_line(tmp_path: Path) -> None:
-    from tests.backup.test_cli import Shell
+    from tests.backup.shell import Shell
 
     shell, image = Shell(tmp_path), tmp_path / "web.raw"
     shell("init")

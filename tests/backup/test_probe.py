@@ -118,7 +118,7 @@ def test_p23_a_storage_that_fails_outright_says_so() -> None:
 
 
 def test_p23_on_the_command_line(tmp_path: Path) -> None:
-    from tests.backup.test_cli import Shell
+    from tests.backup.shell import Shell
 
     shell = Shell(tmp_path)
     done = shell("init", "--probe")

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.backup.test_cli import Shell, serving
+from tests.backup.shell import Shell
+from tests.backup.test_cli import serving
 from tests.machines.builder import BuiltMachine
 from tests.requirement import needs
 

@@ -8,14 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.backup.test_cli import Shell
-
-
-@pytest.fixture
-def shell(tmp_path: Path) -> Shell:
-    made = Shell(tmp_path)
-    made("init")
-    return made
+from tests.backup.shell import Shell
 
 
 @pytest.fixture
