@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from formats.block import BlockSource, Extent, Kind
 from formats.errors import Notice, ReadError
+from p2v import remote_writer
 from p2v.collect import remote_agent
 from p2v.collect.agent import Agent
 from p2v.collect.blockdev import DdDisk, RemoteDisk
@@ -137,11 +139,13 @@ class TestDdDisk(RemoteContract):
 
 
 class TestScript:
-    def test_it_is_python_3_4(self) -> None:
-        ast.parse(Path(remote_agent.__file__).read_text(), feature_version=(3, 4))
+    @pytest.mark.parametrize("script", [remote_agent, remote_writer])
+    def test_it_is_python_3_4(self, script: ModuleType) -> None:
+        ast.parse(Path(str(script.__file__)).read_text(), feature_version=(3, 4))
 
-    def test_it_uses_only_what_the_smallest_python_has(self) -> None:
-        tree = ast.parse(Path(remote_agent.__file__).read_text())
+    @pytest.mark.parametrize("script", [remote_agent, remote_writer])
+    def test_it_uses_only_what_the_smallest_python_has(self, script: ModuleType) -> None:
+        tree = ast.parse(Path(str(script.__file__)).read_text())
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         # What Debian's python3-minimal has; it lacks json, queue, mmap and ctypes.
