@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ from backup.retention import Policy, decide
 from backup.store.layers import Faulty
 from backup.store.memory import MemoryStore
 from formats.block import Extent
+from formats.errors import NoSpaceError
 from p2v.config import Secret
 from tests.backup.repositories import (
     MIB,
@@ -629,6 +631,52 @@ def test_p9_a_run_that_lost_its_lease_commits_nothing(
 # -- P11, P12: passwords -------------------------------------------------------------------------------------------------
 
 
+# -- P10: the disk is full at any write (on a real full file system: test_cli.py) --------------------------------------
+
+
+def full_at(below: MemoryStore, number: int) -> Faulty:
+    """A store on which write ``number``, counted from 1, finds no room, and so does every later one until something was deleted."""
+    lock, state = threading.Lock(), {"writes": 0, "full": False}
+
+    def fault(operation: str, _name: str, when: str) -> None:
+        with lock:
+            if when == "after":
+                if operation == "delete":
+                    state["full"] = False
+                return
+            if operation != "store":
+                return
+            state["writes"] += 1
+            state["full"] = state["full"] or state["writes"] == number
+            if state["full"]:
+                raise NoSpaceError("the disk is full")
+
+    return Faulty(below, fault)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
+def test_p10_the_disk_is_full_at_any_write(world: World, operation: Callable[[object, TrackedOrigin], None]) -> None:
+    """It ends with the error that says so, or finds room by itself; what was there is whole, and with room again all goes on."""
+    scribble(world.origin, 999)
+    start = dict(world.store.objects)
+    refused = 0
+    for number in range(1, 1000):
+        store = MemoryStore()
+        store.objects = dict(start)
+        faulty = full_at(store, number)
+        try:
+            operation(faulty, world.origin)
+        except NoSpaceError:
+            refused += 1
+        assert set(opened(store).point_names()) >= {world.points[-1].name}
+        verify(store, world.expected)
+        operation(store, world.origin)
+        verify(store, world.expected)
+        if faulty.count < number:
+            break
+    assert refused >= 1 or operation is run_forget_and_prune
+
+
 def test_p11_the_paper_key_alone_opens(world: World) -> None:
     paper = opened(world.store).keyring.paper()
     for name in [key for key in world.store.objects if key.startswith("keys/")]:
@@ -750,6 +798,26 @@ def test_p17_nonces_do_not_repeat() -> None:
     nonces = {codec.encode(CHUNK, blob_id, plain).data[48:60] for _ in range(2000)}
     assert len(nonces) == 2000
     assert len({keyring.seal(POINT, b"x")[:44] for _ in range(500)}) == 500
+
+
+def test_p17_nonces_do_not_repeat_in_a_process_and_its_fork() -> None:
+    """What a generator in memory would do wrong: both sides of a fork go on from the same state."""
+    keyring = Keyring.generate()
+    codec, plain = Codec(keyring), random.Random(1).randbytes(4096)
+    blob_id = keyring.id(CHUNK, plain)
+    codec.encode(CHUNK, blob_id, plain)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(writer, b"".join(codec.encode(CHUNK, blob_id, plain).data[48:60] for _ in range(300)))
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        theirs = file.read()
+    os.waitpid(child, 0)
+    nonces = [theirs[at : at + 12] for at in range(0, len(theirs), 12)]
+    nonces += [bytes(codec.encode(CHUNK, blob_id, plain).data[48:60]) for _ in range(300)]
+    assert len(set(nonces)) == len(nonces) == 600
 
 
 def test_p19_a_broken_compressor_is_noticed_before_anything_is_stored(
