@@ -128,6 +128,14 @@ def _subnet(network: Network) -> tuple[str, str, str, str] | None:
     return str(subnet), str(interface.ip), str(router), str(name_server)
 
 
+def agent(end: int) -> list[str]:
+    """The channel of QEMU's guest agent, on the socket with this file descriptor."""
+    return [
+        *("-chardev", f"socket,id=agent,fd={end}", "-device", "virtio-serial-pci"),
+        *("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"),
+    ]
+
+
 def kernel(kernel: DirectKernel | None) -> list[str]:
     """A kernel that is started directly."""
     if kernel is None:

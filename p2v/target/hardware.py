@@ -7,7 +7,7 @@ that the guest's own system drives stands in and a finding says so: the verdict 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from formats.errors import UsageError
 from formats.machine import Bus, Firmware, Machine
@@ -142,3 +142,39 @@ def _stand_ins(platform: str, kind: _Kind) -> list[Finding]:
             fix="make sure that the guest's initramfs holds the drivers named here; the boot on the emulation does not prove them",
         )
     ]
+
+
+def own_hardware(machine: Machine) -> EmulatedPlatform:
+    """Hardware as near to the machine's own as QEMU has it: its initramfs may hold the drivers of that alone.
+
+    What the record does not say, or QEMU does not have, is a virtual machine's usual device.
+    """
+    disk = next((disk for disk in machine.disks if disk.id == machine.boot.disk), None) or next(
+        iter(machine.disks), None
+    )
+    drivers = {nic.driver for nic in machine.nics}
+    card = next((model for driver, model in _CARDS.items() if driver in drivers), None)
+    bus = disk.bus if disk is not None and disk.bus is not Bus.UNKNOWN else None
+    target = platform_hardware("qemu", machine, bus=bus, nic=card)
+    controller = _BY_DRIVER.get(disk.driver) if disk is not None else None
+    if controller is None:
+        return target
+    return replace(target, hardware=replace(target.hardware, controller=controller))
+
+
+# Linux drivers of network cards and of disk controllers that QEMU has; not those of a bus that `platform_hardware` knows by name.
+_CARDS = {
+    "virtio_net": NicModel.VIRTIO,
+    "e1000": NicModel.E1000,
+    "e1000e": NicModel.E1000E,
+    "vmxnet3": NicModel.VMXNET3,
+    "8139cp": NicModel.RTL8139,
+    "pcnet32": NicModel.PCNET,
+    "tulip": NicModel.TULIP,
+}
+_BY_DRIVER = {
+    "vmw_pvscsi": Controller.PVSCSI,
+    "megaraid_sas": Controller.MEGASAS,
+    "mptsas": Controller.MPTSAS1068,
+    "sym53c8xx": Controller.LSI53C895A,
+}
