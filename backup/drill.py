@@ -38,7 +38,6 @@ from p2v.target.boots import boot
 from p2v.target.disks import DiskProof, prove_data_disks
 from p2v.target.evidence import Patience
 from p2v.target.hardware import EmulatedPlatform, own_hardware, platform_hardware
-from p2v.target.probe import Probe
 from p2v.target.verdict import Finding, Level, Result, Severity, Signal, Verdict
 from p2v.view import View
 
@@ -211,7 +210,7 @@ class DrillRun:
     def _drill(self, target: DrillTarget, point: Point, restored: _Restored, folder: Path) -> Drilled:
         machine = restored.machine
         hardware = platform_hardware(target.platform, machine) if target.platform else own_hardware(machine)
-        verdict, opened = self._boot(target, restored, machine, hardware, folder, target.probes)
+        verdict, opened = self._boot(target, restored, hardware, folder)
         proofs = prove_data_disks(machine, restored.sources)
         for proof in proofs:
             self._listen(f"disk {proof.disk}: {proof.result} ({proof.holds or 'nothing recognised'})")
@@ -232,13 +231,7 @@ class DrillRun:
         )  # fmt: skip
 
     def _boot(
-        self,
-        target: DrillTarget,
-        restored: _Restored,
-        machine: Machine,
-        hardware: EmulatedPlatform,
-        folder: Path,
-        probes: Sequence[Probe],
+        self, target: DrillTarget, restored: _Restored, hardware: EmulatedPlatform, folder: Path
     ) -> tuple[Verdict, float]:
         """The verdict, and the seconds from here until the machine was switched on."""
         patience = self._options.patience
@@ -247,8 +240,8 @@ class DrillRun:
         began = time.monotonic()
         with restored.drives() as (drives, check):
             verdict = boot(
-                machine, drives, hardware.hardware, folder=folder, patience=patience,
-                findings=(*restored.findings, *hardware.findings), probes=probes,
+                restored.machine, drives, hardware.hardware, folder=folder, patience=patience,
+                findings=(*restored.findings, *hardware.findings), probes=target.probes,
                 listen=lambda text: self._listen(f"seen: {text:.110}"), stop=self._stop,
             )  # fmt: skip
             spent = time.monotonic() - began

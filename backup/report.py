@@ -91,26 +91,26 @@ def junit(drills: Sequence[Drilled]) -> bytes:
 
 def _cases(suite: ElementTree.Element, drilled: Drilled) -> None:
     name, verdict = drilled.machine, drilled.verdict
-    case = _case(
-        suite, name, f"boots from point {drilled.point[:8]}", verdict.result, verdict.findings, verdict.seconds
-    )
+    outcome = (verdict.result, verdict.findings)
+    case = _case(suite, name, f"boots from point {drilled.point[:8]}", outcome, seconds=verdict.seconds)
     ElementTree.SubElement(case, "system-out").text = _xml("\n".join(signal.describe() for signal in verdict.signals))
     for disk in drilled.disks:
-        _case(suite, name, f"disk {disk.disk}", disk.result, disk.findings)
+        _case(suite, name, f"disk {disk.disk}", (disk.result, disk.findings))
     for detector in drilled.detectors:
         held = Result.PASS if detector.held else Result.FAIL
         findings = [f for f in drilled.findings if f.code == "detector-blind"]
-        _case(suite, name, f"broken on purpose: {detector.sabotage}", held, findings)
+        _case(suite, name, f"broken on purpose: {detector.sabotage}", (held, findings))
 
 
 def _case(
     suite: ElementTree.Element,
     machine: str,
     name: str,
-    result: Result,
-    findings: Sequence[Finding],
+    outcome: tuple[Result, Sequence[Finding]],
+    *,
     seconds: float = 0.0,
 ) -> ElementTree.Element:
+    result, findings = outcome
     case = ElementTree.SubElement(suite, "testcase", classname=_xml(machine), name=_xml(name), time=f"{seconds:.1f}")
     if result is not Result.PASS:
         message = next((f.message for f in findings), "nothing was seen")
@@ -137,7 +137,7 @@ def page(drills: Sequence[Drilled], past: dict[str, list[PastDrill]]) -> str:
 <html lang="en"><head><meta charset="utf-8"><title>{_e(title)}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>
-<header class="{worst}"><h1>{_e(title)}</h1><p>{_e(max((d.time for d in drills), default=""))}</p></header>
+<header class="{worst}"><h1>{_e(title)}</h1><p>{_e(_minute(max((d.time for d in drills), default="")))}</p></header>
 <main>{_overview(drills)}{sections}</main></body></html>
 """
 
@@ -145,7 +145,7 @@ def page(drills: Sequence[Drilled], past: dict[str, list[PastDrill]]) -> str:
 def _overview(drills: Sequence[Drilled]) -> str:
     rows = "".join(
         f'<tr><td><a href="#d{number}">{_e(d.machine)}</a></td><td>{_badge(d.result)}</td><td class="n">'
-        f"{human_time(d.rto) if d.rto else '–'}</td><td>{_e(d.mode)}</td><td><code>{_e(d.point[:8])}</code> {_e(d.point_time)}</td>"
+        f"{human_time(d.rto) if d.rto else '–'}</td><td>{_e(d.mode)}</td><td><code>{_e(d.point[:8])}</code> {_e(_minute(d.point_time))}</td>"
         f"<td>{_e(d.reason)}</td></tr>"
         for number, d in enumerate(drills)
     )
@@ -158,7 +158,7 @@ def _overview(drills: Sequence[Drilled]) -> str:
 def _section(number: int, drilled: Drilled, past: Sequence[PastDrill]) -> str:
     verdict = drilled.verdict
     facts = [
-        ("point", f"{drilled.point[:16]}, taken {drilled.point_time}"),
+        ("point", f"{drilled.point[:16]}, taken {_minute(drilled.point_time)}"),
         ("proven", f"{verdict.level}: {verdict.result}"),
         ("RTO", human_time(drilled.rto) if drilled.rto else "not measured: it did not come up"),
         ("hardware", f"{verdict.hardware}, {verdict.accelerator}".strip(", ")),
@@ -264,6 +264,13 @@ def _read(path: Path, most: int) -> bytes:
     return b""
 
 
+def _minute(time: str) -> str:
+    """A time of the record (RFC 3339) for a person, in UTC."""
+    with contextlib.suppress(ValueError):
+        return datetime.fromisoformat(time).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return time
+
+
 def _e(text: str) -> str:
     """Text for any place in the page, attributes among them; what no page may hold is replaced."""
     return html.escape(_xml(text), quote=True)
@@ -275,14 +282,15 @@ _STYLE = """
 --doubt:#ffca16;--bar:#9eb1ff}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--back);color:var(--text);font:15px/1.5 system-ui,"Segoe UI","DejaVu Sans",sans-serif}
-header{padding:24px max(24px,calc(50vw - 560px));border-bottom:1px solid var(--line);border-top:6px solid var(--good)}
+header{padding:24px max(24px,calc(50vw - 536px));border-bottom:1px solid var(--line);border-top:6px solid var(--good)}
 header.fail{border-top-color:var(--bad)}header.unproven{border-top-color:var(--doubt)}
 header p{margin:4px 0 0;color:var(--soft)}h1{margin:0;font-size:24px}h2{font-size:20px;margin:0 0 4px}
 h3{font-size:13px;margin:28px 0 8px;color:var(--soft);font-weight:600}
 main{max-width:1120px;margin:0 auto;padding:24px}section{margin-top:40px;padding-top:28px;border-top:1px solid var(--line)}
 table{border-collapse:collapse;width:100%}th{color:var(--soft);font-weight:600;font-size:13px}
 td,th{padding:6px 14px 6px 0;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
-td.n{white-space:nowrap;font-variant-numeric:tabular-nums}.signals td{border:0;padding-top:2px;padding-bottom:2px}.wide{overflow-x:auto}
+td.n{white-space:nowrap;font-variant-numeric:tabular-nums}.signals td{border:0;white-space:nowrap;padding-top:2px;padding-bottom:2px}.signals td:last-child{white-space:normal;width:100%}
+.wide{overflow-x:auto}
 code,pre{font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:13px}code{overflow-wrap:anywhere}
 a{color:var(--bar)}.badge{font-size:13px;font-weight:600;padding:1px 9px;border-radius:10px;border:1px solid;white-space:nowrap}
 .badge.pass{color:var(--good)}.badge.fail{color:var(--bad)}.badge.unproven{color:var(--doubt)}h2 .badge{vertical-align:3px;margin-left:6px}
@@ -291,7 +299,8 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 18px;margin:12px 0
 .findings li{background:var(--panel);border-left:4px solid var(--line);padding:10px 14px;margin:8px 0;border-radius:0 6px 6px 0}
 .findings li.error{border-color:var(--bad)}.findings li.warning{border-color:var(--doubt)}.findings p{margin:4px 0 0}
 blockquote{margin:6px 0 0;font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:13px;overflow-wrap:anywhere;color:var(--soft)}
-.screens{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:14px}figure{margin:0}
+.screens{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(250px,1fr))}
+figure{margin:0}
 figure img{width:100%;display:block;border:1px solid var(--line);border-radius:4px}figcaption{font-size:13px;color:var(--soft);margin-top:3px}
 details{margin-top:28px}summary{cursor:pointer;color:var(--soft);font-size:13px;font-weight:600}
 pre{background:var(--panel);padding:14px;border-radius:6px;overflow:auto;max-height:480px;white-space:pre-wrap;overflow-wrap:anywhere}

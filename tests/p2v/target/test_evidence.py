@@ -17,7 +17,7 @@ LOGIN = "Debian GNU/Linux 12 metal1 ttyS0\r\n\r\nmetal1 login: "
 
 # One line as its program prints it, for each class that is known by its text.
 SAMPLES = {
-    "no-bootable-device": ["No bootable device.", "BdsDxe: No bootable option or device was found."],
+    "no-bootable-device": ["No bootable device.", "FATAL: INT18: BOOT FAILURE", "BdsDxe: No bootable option or device was found."],
     "boot-record-empty": ["Boot failed: not a bootable disk"],
     "no-operating-system": ["Missing operating system.", "Operating system not found", "Error loading operating system"],
     "uefi-shell": ["UEFI Interactive Shell v2.2", "Shell> "],
@@ -46,6 +46,9 @@ SAMPLES = {
     "rescue-mode": ["You are in rescue mode. After logging in, type"],
     "maintenance-shell": ["Give root password for maintenance", "Press Enter for maintenance"],
     "init-missing": ["No init found. Try passing init= bootarg."],
+    "windows-stop": ["*** STOP: 0x0000007E (0xFFFFFFFFC0000005)", "Stop code: CRITICAL_PROCESS_DIED"],
+    "windows-no-boot-disk": ["*** STOP: 0x0000007B (0xF78D2524,0xC0000034,0x00000000)", "Stop code: INACCESSIBLE_BOOT_DEVICE"],
+    "bitlocker-recovery": ["BitLocker recovery", "Enter the recovery key for this drive", "Enter the password to unlock this drive"],
     "windows-loader": ["BOOTMGR is missing", "A disk read error occurred"],
 }  # fmt: skip
 
