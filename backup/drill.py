@@ -124,14 +124,22 @@ class Drilled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrillOptions:
-    """How a run drills. ``folder`` is the run's own work folder; ``evidence`` gets a folder a machine, None keeps nothing."""
+    """How a run drills. ``folder`` is the run's own work folder; ``evidence`` gets a folder a machine, None keeps nothing.
+
+    ``sockets`` is where NBD is served, if not in the work folder: a Unix socket's path has less than 100 characters.
+    """
 
     folder: Path
+    sockets: Path | None = None
     evidence: Path | None = None
     full_restore: bool = False
     sabotages: Sequence[Sabotage] = ()
     timeout: float = 0.0
     patience: Patience | None = None
+
+    def socket(self) -> Path:
+        """A path for a server's socket that was not used before."""
+        return (self.sockets or self.folder) / f"{secrets.token_hex(3)}.nbd"
 
 
 def choose(repository: Repository, target: DrillTarget, known: Sequence[Point]) -> Point:
@@ -266,7 +274,7 @@ class DrillRun:
             else:
                 place = folder / f"on-purpose-{kind}"
                 place.mkdir()
-                with View(machine, overlays, socket=place / "nbd") as view:
+                with View(machine, overlays, socket=self._options.socket()) as view:
                     patience = self._options.patience or replace(Patience.emulated(), total=SABOTAGE_SECONDS)
                     verdict = boot(
                         machine, view.drives(), hardware.hardware, folder=place, patience=patience, stop=self._stop
@@ -289,7 +297,7 @@ class _Restored:
         options: DrillOptions,
         progress: Callable[[], Progress],
     ) -> None:
-        self._folder = folder
+        self._folder, self._options = folder, options
         self._paths: dict[str, Path] = {}
         self._stack = contextlib.ExitStack()
         self.steps: list[Step] = []
@@ -339,7 +347,7 @@ class _Restored:
             ], lambda: None  # fmt: skip
             return
         began = time.monotonic()
-        with View(self.machine, self.sources, socket=self._folder / "nbd") as view:
+        with View(self.machine, self.sources, socket=self._options.socket()) as view:
             self.opening = time.monotonic() - began
             try:
                 yield view.drives(), view.check

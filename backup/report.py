@@ -145,7 +145,8 @@ def page(drills: Sequence[Drilled], past: dict[str, list[PastDrill]]) -> str:
 def _overview(drills: Sequence[Drilled]) -> str:
     rows = "".join(
         f'<tr><td><a href="#d{number}">{_e(d.machine)}</a></td><td>{_badge(d.result)}</td><td class="n">'
-        f"{human_time(d.rto) if d.rto else '–'}</td><td>{_e(d.mode)}</td><td><code>{_e(d.point[:8])}</code> {_e(_minute(d.point_time))}</td>"
+        f"{human_time(d.rto) if d.rto else '–'}</td><td>{_e(d.mode)}</td>"
+        f"<td><code>{_e(d.point[:8])}</code> {_e(_minute(d.point_time))}</td>"
         f"<td>{_e(d.reason)}</td></tr>"
         for number, d in enumerate(drills)
     )
@@ -289,7 +290,8 @@ h3{font-size:13px;margin:28px 0 8px;color:var(--soft);font-weight:600}
 main{max-width:1120px;margin:0 auto;padding:24px}section{margin-top:40px;padding-top:28px;border-top:1px solid var(--line)}
 table{border-collapse:collapse;width:100%}th{color:var(--soft);font-weight:600;font-size:13px}
 td,th{padding:6px 14px 6px 0;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
-td.n{white-space:nowrap;font-variant-numeric:tabular-nums}.signals td{border:0;white-space:nowrap;padding-top:2px;padding-bottom:2px}.signals td:last-child{white-space:normal;width:100%}
+td.n{white-space:nowrap;font-variant-numeric:tabular-nums}
+.signals td{border:0;white-space:nowrap;padding-top:2px;padding-bottom:2px}.signals td:last-child{white-space:normal;width:100%}
 .wide{overflow-x:auto}
 code,pre{font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:13px}code{overflow-wrap:anywhere}
 a{color:var(--bar)}.badge{font-size:13px;font-weight:600;padding:1px 9px;border-radius:10px;border:1px solid;white-space:nowrap}
@@ -301,7 +303,8 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 18px;margin:12px 0
 blockquote{margin:6px 0 0;font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:13px;overflow-wrap:anywhere;color:var(--soft)}
 .screens{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(250px,1fr))}
 figure{margin:0}
-figure img{width:100%;display:block;border:1px solid var(--line);border-radius:4px}figcaption{font-size:13px;color:var(--soft);margin-top:3px}
+figure img{width:100%;display:block;border:1px solid var(--line);border-radius:4px}
+figcaption{font-size:13px;color:var(--soft);margin-top:3px}
 details{margin-top:28px}summary{cursor:pointer;color:var(--soft);font-size:13px;font-weight:600}
 pre{background:var(--panel);padding:14px;border-radius:6px;overflow:auto;max-height:480px;white-space:pre-wrap;overflow-wrap:anywhere}
 svg{display:block;max-width:100%;height:auto}svg text{fill:var(--soft);font:12px system-ui,"DejaVu Sans",sans-serif}

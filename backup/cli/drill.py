@@ -84,15 +84,20 @@ def drill(
         if sum((bool(what), all_, job is not None)) != 1:
             raise UsageError("say what to drill", advice="Name a machine or a point, or give --all or --job FILE.")
         sabotages = _sabotages(fail_on_purpose)
-        for left in sweep(work):
+        for left in [*sweep(work), *(sweep() if work else [])]:
             console.log(f"removed {left}, which a killed drill left behind")
         folder = report or new_folder()
         folder.mkdir(parents=True, exist_ok=True)
         done: list[Drilled] = []
-        with open_repository(place.repo) as repository, work_folder(work) as room:
+        with open_repository(place.repo) as repository, work_folder(work) as room, work_folder() as sockets:
             wanted = _job(repository, what, all_=all_, job=job, sample=sample, timeout=timeout, to=to)
             options = DrillOptions(
-                folder=room, evidence=folder, full_restore=full_restore, sabotages=sabotages, timeout=total_timeout
+                folder=room,
+                sockets=sockets,
+                evidence=folder,
+                full_restore=full_restore,
+                sabotages=sabotages,
+                timeout=total_timeout,
             )
             run = DrillRun(
                 repository, options, listen=lambda text: console.log(f"  {text}"),

@@ -24,9 +24,9 @@ class Weight(Enum):
 class FailureClass:
     """One way to fail. ``pattern`` is searched in single lines of the console; None: seen otherwise.
 
-    What a group of the pattern matches is the cause: the finding's message ends with it. ``inconsistency`` says that a copy of a file system
-    that was being written explains it too. ``settle`` is by how much longer than usual it must stand: GRUB goes on by itself some seconds
-    after an error, perhaps with a fallback entry.
+    What a group of the pattern matches is the cause: the finding's message ends with it. ``inconsistency`` says that a copy of a file
+    system that was being written explains it too. ``settle`` is by how much longer than usual it must stand: GRUB goes on by itself some
+    seconds after an error, perhaps with a fallback entry.
     """
 
     code: str
@@ -306,8 +306,8 @@ FAILURES: tuple[FailureClass, ...] = (
         Weight.FATAL,
         r"(?i)STOP: 0x0*7b\b|INACCESSIBLE[_ ]BOOT[_ ]DEVICE",
         "Windows does not find the disk that it starts from (stop code 0x7B)",
-        "start the driver of the target's disk controller at boot (Start=0 of its service) before the move, or choose a bus that Windows drives"
-        " already (SATA, IDE)",
+        "have the driver of the target's disk controller start at boot (Start=0 of its service) before the move, or choose a bus"
+        " that Windows drives already (SATA, IDE)",
     ),
     _class(
         "bitlocker-recovery",
