@@ -1,15 +1,27 @@
-"""Small pictures of numbers, as SVG that stands in a page; its colours come from the page's style."""
+"""Small pictures of numbers, as SVG that stands in a page, whose style gives the colours; and text as pages may hold it."""
 
 from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 
 from p2v.console import human_time
 
 _WIDTH = 1000
 _POINTS_MOST = 200
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
+
+
+def printable(text: str) -> str:
+    """Text without the characters that XML and HTML may not hold."""
+    return _NOT_XML.sub("\ufffd", text)
+
+
+def escaped(text: str) -> str:
+    """Text for any place in a page, attributes among them."""
+    return html.escape(printable(text), quote=True)
 
 
 def bars(parts: Sequence[tuple[str, float]]) -> str:
@@ -24,7 +36,7 @@ def bars(parts: Sequence[tuple[str, float]]) -> str:
         y, x = number * row, left + room * position / whole
         width = max(1.5, room * seconds / whole)
         out.append(
-            f'<text class="label" x="0" y="{y + 16}">{html.escape(name)}</text>'
+            f'<text class="label" x="0" y="{y + 16}">{escaped(name)}</text>'
             f'<rect class="bar" x="{x:.1f}" y="{y + 4}" width="{width:.1f}" height="15" rx="2"/>'
             f'<text x="{x + width + 6:.1f}" y="{y + 16}">{human_time(seconds)}</text>'
         )
@@ -57,11 +69,11 @@ def trend(drills: Sequence[tuple[str, float, str]]) -> str:
         out.append(f'<polyline class="line" points="{" ".join(measured)}"/>')
     for (x, y), (time, rto, result) in zip(places, shown, strict=True):
         kind = result if result in ("pass", "fail", "unproven") else "unproven"
-        words = html.escape(f"{time}: {result}{f', {human_time(rto)}' if rto else ''}")
+        words = escaped(f"{time}: {result}{f', {human_time(rto)}' if rto else ''}")
         out.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{words}</title></circle>')
     ends = [(0, "start")] if len(shown) == 1 else [(0, "start"), (len(shown) - 1, "end")]
     for number, anchor in ends:
-        day = html.escape(shown[number][0][:16].replace("T", " "))
+        day = escaped(shown[number][0][:16].replace("T", " "))
         out.append(f'<text x="{places[number][0]:.1f}" y="{height - 8}" text-anchor="{anchor}">{day}</text>')
     return f'<svg viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" role="img">{"".join(out)}</svg>'
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import html
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from xml.etree import ElementTree
 import msgspec
 
 from backup.drill import Drilled, PastDrill, history
-from backup.plot import bars, trend
+from backup.plot import bars, escaped, printable, trend
 from backup.repository import Repository
 from p2v.console import human_size, human_time
 from p2v.emulator.console import plain
@@ -32,7 +31,6 @@ _CONSOLE_TAIL = 64 << 10  # bytes of the console that the page shows
 _PICTURE_LIMIT = 4 << 20  # bytes of one picture
 _PICTURES = 24
 _KEPT = 30  # reports in the folder that is used when none is named
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
 _WORDS = {Result.PASS: "works", Result.FAIL: "does not work", Result.UNPROVEN: "unproven"}
 
 
@@ -77,7 +75,7 @@ def junit(drills: Sequence[Drilled]) -> bytes:
     """JUnit XML: a suite a group; a case for each machine's boot, data disk and copy broken on purpose. Unproven is an error."""
     root = ElementTree.Element("testsuites", name="p2v-backup drill")
     for group in dict.fromkeys(drilled.group for drilled in drills):
-        suite = ElementTree.SubElement(root, "testsuite", name=_xml(group or "drill"))
+        suite = ElementTree.SubElement(root, "testsuite", name=printable(group or "drill"))
         for drilled in (d for d in drills if d.group == group):
             _cases(suite, drilled)
         cases = list(suite)
@@ -93,7 +91,9 @@ def _cases(suite: ElementTree.Element, drilled: Drilled) -> None:
     name, verdict = drilled.machine, drilled.verdict
     outcome = (verdict.result, verdict.findings)
     case = _case(suite, name, f"boots from point {drilled.point[:8]}", outcome, seconds=verdict.seconds)
-    ElementTree.SubElement(case, "system-out").text = _xml("\n".join(signal.describe() for signal in verdict.signals))
+    ElementTree.SubElement(case, "system-out").text = printable(
+        "\n".join(signal.describe() for signal in verdict.signals)
+    )
     for disk in drilled.disks:
         _case(suite, name, f"disk {disk.disk}", (disk.result, disk.findings))
     for detector in drilled.detectors:
@@ -111,17 +111,15 @@ def _case(
     seconds: float = 0.0,
 ) -> ElementTree.Element:
     result, findings = outcome
-    case = ElementTree.SubElement(suite, "testcase", classname=_xml(machine), name=_xml(name), time=f"{seconds:.1f}")
+    case = ElementTree.SubElement(
+        suite, "testcase", classname=printable(machine), name=printable(name), time=f"{seconds:.1f}"
+    )
     if result is not Result.PASS:
         message = next((f.message for f in findings), "nothing was seen")
         kind = "failure" if result is Result.FAIL else "error"
-        problem = ElementTree.SubElement(case, kind, message=_xml(message), type=str(result))
-        problem.text = _xml("\n".join(finding.describe() for finding in findings))
+        problem = ElementTree.SubElement(case, kind, message=printable(message), type=str(result))
+        problem.text = printable("\n".join(finding.describe() for finding in findings))
     return case
-
-
-def _xml(text: str) -> str:
-    return _NOT_XML.sub("\ufffd", text)
 
 
 # -- HTML ------------------------------------------------------------------------------------------------------------
@@ -134,20 +132,20 @@ def page(drills: Sequence[Drilled], past: dict[str, list[PastDrill]]) -> str:
     title = f"Restore drill: {good} of {len(drills)} machines work"
     sections = "\n".join(_section(number, d, past.get(d.machine, [])) for number, d in enumerate(drills))
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{_e(title)}</title>
+<html lang="en"><head><meta charset="utf-8"><title>{escaped(title)}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>
-<header class="{worst}"><h1>{_e(title)}</h1><p>{_e(_minute(max((d.time for d in drills), default="")))}</p></header>
+<header class="{worst}"><h1>{escaped(title)}</h1><p>{escaped(_minute(max((d.time for d in drills), default="")))}</p></header>
 <main>{_overview(drills)}{sections}</main></body></html>
 """
 
 
 def _overview(drills: Sequence[Drilled]) -> str:
     rows = "".join(
-        f'<tr><td><a href="#d{number}">{_e(d.machine)}</a></td><td>{_badge(d.result)}</td><td class="n">'
-        f"{human_time(d.rto) if d.rto else '–'}</td><td>{_e(d.mode)}</td>"
-        f"<td><code>{_e(d.point[:8])}</code> {_e(_minute(d.point_time))}</td>"
-        f"<td>{_e(d.reason)}</td></tr>"
+        f'<tr><td><a href="#d{number}">{escaped(d.machine)}</a></td><td>{_badge(d.result)}</td><td class="n">'
+        f"{human_time(d.rto) if d.rto else '–'}</td><td>{escaped(d.mode)}</td>"
+        f"<td><code>{escaped(d.point[:8])}</code> {escaped(_minute(d.point_time))}</td>"
+        f"<td>{escaped(d.reason)}</td></tr>"
         for number, d in enumerate(drills)
     )
     return (
@@ -166,10 +164,10 @@ def _section(number: int, drilled: Drilled, past: Sequence[PastDrill]) -> str:
         ("read", f"{human_size(drilled.bytes_read)} ({drilled.mode})"),
         ("group", drilled.group),
     ]
-    listed = "".join(f"<dt>{_e(name)}</dt><dd>{_e(value)}</dd>" for name, value in facts if value)
+    listed = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in facts if value)
     parts = [
-        f'<section id="d{number}"><h2>{_e(drilled.machine)} {_badge(drilled.result)}</h2>',
-        f'<p class="because">{_e(drilled.reason)}</p><dl>{listed}</dl>',
+        f'<section id="d{number}"><h2>{escaped(drilled.machine)} {_badge(drilled.result)}</h2>',
+        f'<p class="because">{escaped(drilled.reason)}</p><dl>{listed}</dl>',
         _findings(drilled.findings),
         _part("Where the time went", bars([(step.name, step.seconds) for step in drilled.steps])),
         _part("Seen", _signals(drilled)),
@@ -184,18 +182,18 @@ def _section(number: int, drilled: Drilled, past: Sequence[PastDrill]) -> str:
 
 
 def _part(title: str, content: str) -> str:
-    return f"<h3>{_e(title)}</h3>{content}" if content else ""
+    return f"<h3>{escaped(title)}</h3>{content}" if content else ""
 
 
 def _badge(result: Result) -> str:
-    return f'<span class="badge {result}">{_e(_WORDS[result])}</span>'
+    return f'<span class="badge {result}">{escaped(_WORDS[result])}</span>'
 
 
 def _findings(findings: Sequence[Finding]) -> str:
     items = "".join(
-        f'<li class="{f.severity}"><strong>{_e(f.message)}</strong> <code>{_e(f.code)}</code>'
-        + (f"<blockquote>{_e(f.evidence)}</blockquote>" if f.evidence else "")
-        + (f"<p>{_e(f.fix)}</p>" if f.fix else "")
+        f'<li class="{f.severity}"><strong>{escaped(f.message)}</strong> <code>{escaped(f.code)}</code>'
+        + (f"<blockquote>{escaped(f.evidence)}</blockquote>" if f.evidence else "")
+        + (f"<p>{escaped(f.fix)}</p>" if f.fix else "")
         + "</li>"
         for f in findings
     )
@@ -204,7 +202,8 @@ def _findings(findings: Sequence[Finding]) -> str:
 
 def _signals(drilled: Drilled) -> str:
     rows = "".join(
-        f'<tr><td class="n">{s.seconds:.1f} s</td><td>{_e(s.code)}</td><td>{_e(s.stream)}</td><td><code>{_e(s.text)}</code></td></tr>'
+        f'<tr><td class="n">{s.seconds:.1f} s</td><td>{escaped(s.code)}</td><td>{escaped(s.stream)}</td>'
+        f"<td><code>{escaped(s.text)}</code></td></tr>"
         for s in sorted(drilled.verdict.signals, key=lambda s: s.seconds)
     )
     return f'<div class="wide"><table class="signals"><tbody>{rows}</tbody></table></div>' if rows else ""
@@ -212,7 +211,8 @@ def _signals(drilled: Drilled) -> str:
 
 def _disks(drilled: Drilled) -> str:
     rows = "".join(
-        f"<tr><td><code>{_e(d.disk)}</code></td><td>{_badge(d.result)}</td><td>{_e(d.holds or 'nothing was recognised')}</td></tr>"
+        f"<tr><td><code>{escaped(d.disk)}</code></td><td>{_badge(d.result)}</td>"
+        f"<td>{escaped(d.holds or 'nothing was recognised')}</td></tr>"
         for d in drilled.disks
     )
     return f'<div class="wide"><table><tbody>{rows}</tbody></table></div>' if rows else ""
@@ -220,8 +220,8 @@ def _disks(drilled: Drilled) -> str:
 
 def _detectors(drilled: Drilled) -> str:
     rows = "".join(
-        f"<tr><td>{_e('; '.join(d.done))}</td><td>judged {_e(str(d.result))}</td>"
-        f"<td>{'as it must be' if d.held else '<b>which is wrong</b>'}</td><td>{_e(d.reason)}</td></tr>"
+        f"<tr><td>{escaped('; '.join(d.done))}</td><td>judged {escaped(str(d.result))}</td>"
+        f"<td>{'as it must be' if d.held else '<b>which is wrong</b>'}</td><td>{escaped(d.reason)}</td></tr>"
         for d in drilled.detectors
     )
     return f'<div class="wide"><table><tbody>{rows}</tbody></table></div>' if rows else ""
@@ -255,7 +255,7 @@ def _console(drilled: Drilled) -> str:
         opened = "" if drilled.result is Result.PASS else " open"
         if text:
             lines = re.sub(r"\n{2,}", "\n", text)
-            return f"<details{opened}><summary>Serial console{cut}</summary><pre>{_e(lines)}</pre></details>"
+            return f"<details{opened}><summary>Serial console{cut}</summary><pre>{escaped(lines)}</pre></details>"
     return ""
 
 
@@ -272,11 +272,6 @@ def _minute(time: str) -> str:
     return time
 
 
-def _e(text: str) -> str:
-    """Text for any place in the page, attributes among them; what no page may hold is replaced."""
-    return html.escape(_xml(text), quote=True)
-
-
 _STYLE = """
 :root{--back:#fff;--text:#1c2024;--soft:#60646c;--line:#e0e3e8;--panel:#f6f7f9;--good:#18794e;--bad:#c62a2f;--doubt:#a35200;--bar:#3e63dd}
 @media(prefers-color-scheme:dark){:root{--back:#111316;--text:#edeef0;--soft:#a6abb4;--line:#2e3238;--panel:#1a1d21;--good:#3dd68c;--bad:#ff9592;
@@ -285,7 +280,8 @@ _STYLE = """
 body{margin:0;background:var(--back);color:var(--text);font:15px/1.5 system-ui,"Segoe UI","DejaVu Sans",sans-serif}
 header{padding:24px max(24px,calc(50vw - 536px));border-bottom:1px solid var(--line);border-top:6px solid var(--good)}
 header.fail{border-top-color:var(--bad)}header.unproven{border-top-color:var(--doubt)}
-header p{margin:4px 0 0;color:var(--soft)}h1{margin:0;font-size:24px}h2{font-size:20px;margin:0 0 4px}
+header p{margin:4px 0 0;color:var(--soft)}h1{margin:0;font-size:24px}h1,h2,p,li,td,summary{overflow-wrap:anywhere}
+h2{font-size:20px;margin:0 0 4px}
 h3{font-size:13px;margin:28px 0 8px;color:var(--soft);font-weight:600}
 main{max-width:1120px;margin:0 auto;padding:24px}section{margin-top:40px;padding-top:28px;border-top:1px solid var(--line)}
 table{border-collapse:collapse;width:100%}th{color:var(--soft);font-weight:600;font-size:13px}
@@ -296,7 +292,8 @@ td.n{white-space:nowrap;font-variant-numeric:tabular-nums}
 code,pre{font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:13px}code{overflow-wrap:anywhere}
 a{color:var(--bar)}.badge{font-size:13px;font-weight:600;padding:1px 9px;border-radius:10px;border:1px solid;white-space:nowrap}
 .badge.pass{color:var(--good)}.badge.fail{color:var(--bad)}.badge.unproven{color:var(--doubt)}h2 .badge{vertical-align:3px;margin-left:6px}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 18px;margin:12px 0}dt{color:var(--soft)}dd{margin:0}
+dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:2px 18px;margin:12px 0}dt{color:var(--soft)}
+dd{margin:0;overflow-wrap:anywhere}
 .because{margin:0;color:var(--soft)}.findings{list-style:none;padding:0;margin:16px 0}
 .findings li{background:var(--panel);border-left:4px solid var(--line);padding:10px 14px;margin:8px 0;border-radius:0 6px 6px 0}
 .findings li.error{border-color:var(--bad)}.findings li.warning{border-color:var(--doubt)}.findings p{margin:4px 0 0}
