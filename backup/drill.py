@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import re
 import secrets
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,6 +108,21 @@ class Drilled:
         """One sentence: the first finding that decided, or the signal that proves."""
         return next((f.message for f in self.findings if f.severity is Severity.ERROR), self.verdict.reason)
 
+    def moved(self, new: Path) -> Drilled:
+        """The same with its evidence in another folder."""
+        old = Path(self.folder)
+
+        def there(path: str) -> str:
+            return str(new / Path(path).relative_to(old)) if path and Path(path).is_relative_to(old) else path
+
+        verdict = replace(
+            self.verdict,
+            console=there(self.verdict.console),
+            screenshot=there(self.verdict.screenshot),
+            screenshots=tuple(replace(shot, path=there(shot.path)) for shot in self.verdict.screenshots),
+        )
+        return replace(self, verdict=verdict, folder=str(new))
+
     def document(self) -> dict[str, object]:
         """The record that is stored beside the point."""
         verdict = self.verdict
@@ -124,14 +138,13 @@ class Drilled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrillOptions:
-    """How a run drills. ``folder`` is the run's own work folder; ``evidence`` gets a folder a machine, None keeps nothing.
+    """How a run drills. ``folder`` is the run's own work folder: the evidence of each machine stays in a folder there.
 
     ``sockets`` is where NBD is served, if not in the work folder: a Unix socket's path has less than 100 characters.
     """
 
     folder: Path
     sockets: Path | None = None
-    evidence: Path | None = None
     full_restore: bool = False
     sabotages: Sequence[Sabotage] = ()
     timeout: float = 0.0
@@ -202,18 +215,13 @@ class DrillRun:
 
     def _one(self, group: DrillGroup, target: DrillTarget, point: Point, number: int) -> Drilled:
         name = f"{number}-{re.sub('[^A-Za-z0-9._-]', '_', point.machine.name)[:40]}-{point.short}"
-        folder = self._options.folder / name
+        folder = self._options.folder.resolve() / name
         folder.mkdir()
         with contextlib.closing(_Restored(self._repository, point, folder, self._options, self._progress)) as restored:
             done = self._drill(target, point, restored, folder)
-        done = replace(done, group=group.name, evidence=_hashes(folder))
+        done = replace(done, group=group.name, evidence=_hashes(folder), folder=str(folder))
         add_record(self._repository, point, done.document())
-        if self._options.evidence is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            return done
-        kept = self._options.evidence / name
-        shutil.move(folder, kept)
-        return replace(done, verdict=_moved(done.verdict, folder, kept), folder=str(kept))
+        return done
 
     def _drill(self, target: DrillTarget, point: Point, restored: _Restored, folder: Path) -> Drilled:
         machine = restored.machine
@@ -389,25 +397,6 @@ def _not_drilled(group: DrillGroup, point: Point, broken: str) -> Drilled:
         point=point.name, machine=point.machine.name, point_time=point.time, time=_now(), mode="repository",
         result=Result.UNPROVEN, verdict=verdict, group=group.name,
     )  # fmt: skip
-
-
-def _moved(verdict: Verdict, old: Path, new: Path) -> Verdict:
-    """The verdict with its evidence where it is now."""
-
-    def there(path: str) -> str:
-        if not path:
-            return ""
-        try:
-            return str(new / Path(path).resolve().relative_to(old.resolve()))
-        except ValueError:
-            return str(new / Path(path).name)
-
-    return replace(
-        verdict,
-        console=there(verdict.console),
-        screenshot=there(verdict.screenshot),
-        screenshots=tuple(replace(shot, path=there(shot.path)) for shot in verdict.screenshots),
-    )
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -35,31 +35,45 @@ _WORDS = {Result.PASS: "works", Result.FAIL: "does not work", Result.UNPROVEN: "
 
 
 def new_folder() -> Path:
-    """A new folder for a report where none was named; of the older ones there the newest are kept."""
+    """Where a report goes that was given no folder; it is not made yet. Of the older ones there the newest are kept."""
     home = os.environ.get("XDG_STATE_HOME", "")
     root = (Path(home) if home.startswith("/") else Path.home() / ".local" / "state") / "p2v-toolkit" / "drills"
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for old in sorted(path for path in root.iterdir() if path.is_dir())[: -_KEPT + 1]:
+    for old in sorted(path for path in root.glob("*Z-*") if path.is_dir())[: -_KEPT + 1]:
         shutil.rmtree(old, ignore_errors=True)
-    folder = root / datetime.now(UTC).strftime(f"%Y%m%dT%H%M%SZ-{os.getpid()}")
-    folder.mkdir()
-    return folder
+    return root / datetime.now(UTC).strftime(f"%Y%m%dT%H%M%SZ-{os.getpid()}")
 
 
-def write_report(folder: Path, repository: Repository, drills: Sequence[Drilled]) -> Path:
-    """Write all three into ``folder`` and return the page; each appears whole or not at all, the page last."""
+def write_report(folder: Path, repository: Repository, drills: Sequence[Drilled]) -> list[Drilled]:
+    """Take the drills' evidence into ``folder`` and write all three forms beside it; each appears whole or not at all, the page last.
+
+    ``folder`` is made if it is not there. Returns the drills with their evidence where it is now.
+    """
     known = repository.points()
     past = {name: history(repository, name, known) for name in {drilled.machine for drilled in drills}}
-    _write(folder / DOCUMENT, document(drills))
-    _write(folder / JUNIT, junit(drills))
-    return _write(folder / REPORT, page(drills, past).encode())
+    text = page(drills, past).encode()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # consoles tell much about a machine
+    kept = [_taken(drilled, folder) for drilled in drills]
+    _write(folder / DOCUMENT, document(kept))
+    _write(folder / JUNIT, junit(kept))
+    _write(folder / REPORT, text)
+    return kept
 
 
-def _write(path: Path, content: bytes) -> Path:
+def _taken(drilled: Drilled, folder: Path) -> Drilled:
+    if not drilled.folder:
+        return drilled
+    old = Path(drilled.folder)
+    new = folder / old.name
+    if new.exists():
+        shutil.rmtree(new)
+    shutil.move(old, new)
+    return drilled.moved(new)
+
+
+def _write(path: Path, content: bytes) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(content)
     part.replace(path)
-    return path
 
 
 def document(drills: Sequence[Drilled]) -> bytes:

@@ -76,7 +76,7 @@ def drill(
     def action(console: Console) -> int | None:
         from backup.drill import DrillOptions, DrillRun
         from backup.place import open_repository
-        from backup.report import new_folder, write_report
+        from backup.report import REPORT, new_folder, write_report
         from backup.workfolder import sweep, work_folder
 
         if level != "boots":
@@ -87,14 +87,12 @@ def drill(
         for left in [*sweep(work), *(sweep() if work else [])]:
             console.log(f"removed {left}, which a killed drill left behind")
         folder = report or new_folder()
-        folder.mkdir(parents=True, exist_ok=True)
         done: list[Drilled] = []
         with open_repository(place.repo) as repository, work_folder(work) as room, work_folder() as sockets:
             wanted = _job(repository, what, all_=all_, job=job, sample=sample, timeout=timeout, to=to)
             options = DrillOptions(
                 folder=room,
                 sockets=sockets,
-                evidence=folder,
                 full_restore=full_restore,
                 sabotages=sabotages,
                 timeout=total_timeout,
@@ -103,17 +101,20 @@ def drill(
                 repository, options, listen=lambda text: console.log(f"  {text}"),
                 progress=lambda: console.progress("restore"),
             )  # fmt: skip
-            for drilled in run.run(wanted):
-                done.append(drilled)
-                _show(console, drilled)
-            written = write_report(folder, repository, done)
+            try:
+                for drilled in run.run(wanted):
+                    done.append(drilled)
+                    _show(console, drilled)
+            finally:
+                if done:
+                    done = write_report(folder, repository, done)
         console.data |= {
             "drills": [{**drilled.document(), "point": drilled.point, "group": drilled.group} for drilled in done],
-            "report": str(written),
+            "report": str(folder / REPORT),
         }
         if len(done) == 1:
             console.data["verdict"] = record(done[0].verdict)
-        console.say(f"report    {written}")
+        console.say(f"report    {folder / REPORT}")
         results = {str(drilled.result) for drilled in done}
         return 70 if "fail" in results else 71 if "unproven" in results else None
 

@@ -12,6 +12,7 @@ import pytest
 from backup.check import records
 from backup.drill import Drilled, DrillOptions, DrillRun, history
 from backup.job import DrillGroup, DrillJob, DrillTarget, read_job
+from backup.report import write_report
 from backup.repository import Repository
 from backup.sabotage import Sabotage
 from backup.workfolder import sweep, work_folder
@@ -38,12 +39,9 @@ def drilled(
     timeout: float = 0.0,
 ) -> list[Drilled]:
     """One run with one group."""
-    evidence = folder / "evidence"
-    evidence.mkdir(exist_ok=True)
     with work_folder(folder) as work:
         options = DrillOptions(
             folder=work,
-            evidence=evidence,
             full_restore=full_restore,
             sabotages=sabotages,
             patience=QUICK,
@@ -51,6 +49,7 @@ def drilled(
         )
         job = DrillJob(groups=(DrillGroup(name="all", targets=targets),))
         done = list(DrillRun(repository, options, listen=lambda _: None, progress=Silence).run(job))
+        done = write_report(folder / "report", repository, done)
     assert [path.name for path in folder.glob("p2v-drill-*")] == []
     return done
 
@@ -94,7 +93,7 @@ def test_a_full_restore_boots_what_was_written(tmp_path: Path) -> None:
     [done] = drilled(tmp_path, repository, DrillTarget(machine="web"), full_restore=True)
     assert (done.result, done.mode) == (Result.PASS, "full-restore")
     assert "restore" in {step.name for step in done.steps}
-    assert not list((tmp_path / "evidence").rglob("*.raw"))
+    assert not list((tmp_path / "report").rglob("*.raw"))
 
 
 def test_all_time_spent_leaves_the_rest_unproven(tmp_path: Path) -> None:
