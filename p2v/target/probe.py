@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import ssl
@@ -492,7 +493,10 @@ def _connect(guest: Guest, port: int, seconds: float) -> socket.socket:
 
 def _output(argv: Sequence[str], seconds: float, environment: dict[str, str] | None = None) -> tuple[int | None, bytes]:
     """Exit code (None: it did not end in time and was killed) and the first MiB that it printed; it dies with this process."""
-    process = guarded(list(argv), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, environment=environment)
+    program = shutil.which(argv[0])
+    if program is None:
+        raise FileNotFoundError(f"{argv[0]} is not there, or is no program")
+    process = guarded([program, *argv[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, environment=environment)
     kept = bytearray()
 
     def drain() -> None:
