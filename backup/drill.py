@@ -243,7 +243,7 @@ class DrillRun:
             point=point.name, machine=point.machine.name, point_time=point.time, time=_now(),
             mode="full-restore" if self._options.full_restore else "repository", result=result, verdict=verdict,
             disks=proofs, detectors=detectors, steps=tuple(steps), bytes_read=restored.bytes_read,
-            rto=round(sum(step.seconds for step in steps), 1) if verdict.result is Result.PASS else 0.0,
+            rto=round(sum(step.seconds for step in steps), 1) if {verdict.result, *(p.result for p in proofs)} == {Result.PASS} else 0.0,
         )  # fmt: skip
 
     def _boot(

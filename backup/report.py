@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from xml.etree import ElementTree
@@ -32,6 +32,7 @@ _PICTURE_LIMIT = 4 << 20  # bytes of one picture
 _PICTURES = 24
 _KEPT = 30  # reports in the folder that is used when none is named
 _WORDS = {Result.PASS: "works", Result.FAIL: "does not work", Result.UNPROVEN: "unproven"}
+_DISK_WORDS = {Result.PASS: "sound", Result.FAIL: "damaged", Result.UNPROVEN: "unproven"}
 
 
 def new_folder() -> Path:
@@ -173,7 +174,7 @@ def _section(number: int, drilled: Drilled, past: Sequence[PastDrill]) -> str:
     facts = [
         ("point", f"{drilled.point[:16]}, taken {_minute(drilled.point_time)}"),
         ("proven", f"{verdict.level}: {verdict.result}"),
-        ("RTO", human_time(drilled.rto) if drilled.rto else "not measured: it did not come up"),
+        ("RTO", human_time(drilled.rto) if drilled.rto else "not measured: it was not seen to work"),
         ("hardware", f"{verdict.hardware}, {verdict.accelerator}".strip(", ")),
         ("read", f"{human_size(drilled.bytes_read)} ({drilled.mode})"),
         ("group", drilled.group),
@@ -199,8 +200,8 @@ def _part(title: str, content: str) -> str:
     return f"<h3>{escaped(title)}</h3>{content}" if content else ""
 
 
-def _badge(result: Result) -> str:
-    return f'<span class="badge {result}">{escaped(_WORDS[result])}</span>'
+def _badge(result: Result, words: Mapping[Result, str] = _WORDS) -> str:
+    return f'<span class="badge {result}">{escaped(words[result])}</span>'
 
 
 def _findings(findings: Sequence[Finding]) -> str:
@@ -225,7 +226,7 @@ def _signals(drilled: Drilled) -> str:
 
 def _disks(drilled: Drilled) -> str:
     rows = "".join(
-        f"<tr><td><code>{escaped(d.disk)}</code></td><td>{_badge(d.result)}</td>"
+        f"<tr><td><code>{escaped(d.disk)}</code></td><td>{_badge(d.result, _DISK_WORDS)}</td>"
         f"<td>{escaped(d.holds or 'nothing was recognised')}</td></tr>"
         for d in drilled.disks
     )
@@ -296,6 +297,7 @@ header{padding:24px max(24px,calc(50vw - 536px));border-bottom:1px solid var(--l
 header.fail{border-top-color:var(--bad)}header.unproven{border-top-color:var(--doubt)}
 header p{margin:4px 0 0;color:var(--soft)}h1{margin:0;font-size:24px}h1,h2,p,li,td,summary{overflow-wrap:anywhere}
 h2{font-size:20px;margin:0 0 4px}
+td:nth-child(4){overflow-wrap:normal}
 h3{font-size:13px;margin:28px 0 8px;color:var(--soft);font-weight:600}
 main{max-width:1120px;margin:0 auto;padding:24px}section{margin-top:40px;padding-top:28px;border-top:1px solid var(--line)}
 table{border-collapse:collapse;width:100%}th{color:var(--soft);font-weight:600;font-size:13px}

@@ -108,7 +108,9 @@ def network(network: Network | None, hardware: Hardware) -> list[str]:
         options += [f"net={subnet}", f"host={router}", f"dhcpstart={guest}", f"dns={name_server}"]
     options += [f"hostfwd=tcp:127.0.0.1:0-{guest}:{port}" for port in network.forwards]
     mac = f",mac={network.mac}" if network.mac else ""
-    return ["-netdev", ",".join(options), "-device", f"{hardware.nic},netdev=net0,romfile={mac}"]
+    bus = "pcie.0" if hardware.chipset is Chipset.Q35 else "pci.0"
+    place = f",bus={bus},addr={hardware.nic_slot}" if hardware.nic_slot else ""
+    return ["-netdev", ",".join(options), "-device", f"{hardware.nic},netdev=net0,romfile={mac}{place}"]
 
 
 def _subnet(network: Network) -> tuple[str, str, str, str] | None:

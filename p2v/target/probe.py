@@ -248,7 +248,9 @@ class SshProbe:
         argv += [word for option in options for word in ("-o", option)]
         code, out = _output([*argv, "127.0.0.1", command], seconds)
         # ssh(1): 255 when an error of its own occurred.
-        return (None, f"no login: {_shown(out)}") if code in (None, 255) else (code, out.decode("utf-8", "replace"))
+        if code in (None, 255):
+            return None, f"no login: {_shown(out)}" if out else "no login and no end in time"
+        return code, out.decode("utf-8", "replace")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,8 +153,6 @@ def test_tcp_without_words() -> None:
     ],
 )
 def test_http(web: int, probe: HttpProbe, state: State, words: str) -> None:
-    from dataclasses import replace
-
     answer = asked(replace(probe, port=web))
     assert answer[0] is state
     assert words in answer[1]
@@ -172,24 +171,24 @@ def test_ssh_and_a_marker(tmp_path: Path) -> None:
     right = hashlib.sha256(b"written before the backup").hexdigest()
     with ssh_server() as server:
 
-        def ssh(command: str, expect: str = "", user: str = "") -> tuple[State, str]:
+        def ssh(command: str, expect: str = "", user: str = "", timeout: float = 60) -> tuple[State, str]:
             name = user or getpass.getuser()
             return asked(
                 SshProbe(
                     name="s", command=command, expect=expect, user=name, identity=server.identity, port=server.port,
-                    timeout=1,
+                    timeout=timeout,
                 )
             )  # fmt: skip
 
         assert ssh("echo hello") == (State.GOOD, "hello")
         assert ssh("echo hello", "^hello$")[0] is State.GOOD
-        assert ssh("echo hello", "bye")[0] is State.WRONG
-        assert ssh("echo broken >&2; exit 3") == (State.WRONG, "exit code 3: broken")
-        assert ssh("true", user="nobody-of-this-name")[0] is State.SILENT
+        assert ssh("echo hello", "bye", timeout=5)[0] is State.WRONG
+        assert ssh("echo broken >&2; exit 3", timeout=5) == (State.WRONG, "exit code 3: broken")
+        assert ssh("true", user="nobody-of-this-name", timeout=1)[0] is State.SILENT
         for digest, state in ((right, State.GOOD), (right.upper(), State.GOOD), ("0" * 64, State.WRONG)):
             probe = MarkerProbe(
                 name="m", path=str(marker), sha256=digest, user=getpass.getuser(), identity=server.identity,
-                port=server.port, timeout=5,
+                port=server.port, timeout=60,
             )  # fmt: skip
             assert asked(probe)[0] is state
 
@@ -286,8 +285,8 @@ def test_a_real_machine_answers_and_is_told_from_one_that_does_not(
         AgentProbe(timeout=3),
     ]  # fmt: skip
     verdict = boot(
-        None, [BootDisk(path=bios_plain_disk.disk)], platform_hardware("qemu").hardware, folder=tmp_path / "boot",
-        accelerator=Accelerator.TCG, probes=probes,
+        None, [BootDisk(path=bios_plain_disk.disk)], replace(platform_hardware("qemu").hardware, nic_slot="19"),
+        folder=tmp_path / "boot", accelerator=Accelerator.TCG, probes=probes,
     )  # fmt: skip
     good = [signal.text.partition(":")[0] for signal in verdict.signals if signal.code.startswith("probe-")]
     assert good == ["ssh", "ssh takes connections", "state", "marker", "serial"], [
