@@ -294,3 +294,36 @@ def test_a_text_screen_is_decoded() -> None:
     assert decode_text(memory) == (line, *[""] * 24)
     assert decode_text(bytes(range(256)) * 16) is None
     assert decode_text(bytes(TEXT_BYTES)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "says"),
+    [
+        ("Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)\n", "kernel-panic", "unknown-block(0,0)"),
+        ("---[ end Kernel panic - not syncing: No working init found. ]---\n", "kernel-panic", "No working init found"),
+        (
+            "[ TIME ] Timed out waiting for device dev-disk-by\\x2duuid-11.device - /dev/disk/by-uuid/11.\n"
+            "[DEPEND] Dependency failed for data.mount - /data.\n"
+            "You are in emergency mode. After logging in, type \"journalctl -xb\"\n",
+            "emergency-mode",
+            "data.mount - /data failed",
+        ),
+        ("[FAILED] Failed to mount srv.mount - /srv.\nGive root password for maintenance\n", "maintenance-shell", "/srv failed"),
+        ("[FAILED] Failed to mount srv.mount - /srv.\nYou are in emergency mode.\n", "mount-failed", "srv.mount - /srv"),
+    ],
+)  # fmt: skip
+def test_a_failure_says_its_cause(text: str, code: str, says: str) -> None:
+    evidence = Evidence(PATIENCE)
+    evidence.serial(text, 1.0)
+    decision = decided(evidence.decision(60.0))
+    [message] = [finding.message for finding in decision.findings if finding.code == code]
+    assert says in message
+
+
+def test_units_that_print_without_end_are_bounded() -> None:
+    evidence = Evidence(PATIENCE)
+    for number in range(1000):
+        evidence.serial(f"[FAILED] Failed to start unit {number}.\n", 1.0)
+    evidence.serial("You are in emergency mode.\n", 2.0)
+    decision = decided(evidence.decision(60.0))
+    assert all(len(finding.message) < 1000 for finding in decision.findings)
