@@ -88,7 +88,11 @@ def drill(
             console.log(f"removed {left}, which a killed drill left behind")
         folder = report or new_folder()
         done: list[Drilled] = []
-        with open_repository(place.repo) as repository, work_folder(work) as room, work_folder() as sockets:
+        with (
+            open_repository(place.repo, notice=console.notice) as repository,
+            work_folder(work) as room,
+            work_folder() as sockets,
+        ):
             wanted = _job(repository, what, all_=all_, job=job, sample=sample, timeout=timeout, to=to)
             options = DrillOptions(
                 folder=room,
@@ -209,7 +213,7 @@ def status(
         limits = Limits(
             backup=parse_age(max_backup_age), verified=parse_age(max_verified_age), drilled=parse_age(max_drilled_age)
         )
-        with open_repository(place.repo) as repository:
+        with open_repository(place.repo, notice=console.notice) as repository:
             found = status_of(repository, limits, datetime.now(UTC), machine=machine)
         if machine and not found:
             raise UsageError(f"there is no point of {machine}", advice="See `p2v-backup points`.")

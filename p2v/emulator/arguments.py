@@ -110,7 +110,9 @@ def network(network: Network | None, hardware: Hardware) -> list[str]:
     mac = f",mac={network.mac}" if network.mac else ""
     bus = "pcie.0" if hardware.chipset is Chipset.Q35 else "pci.0"
     place = f",bus={bus},addr={hardware.nic_slot}" if hardware.nic_slot else ""
-    return ["-netdev", ",".join(options), "-device", f"{hardware.nic},netdev=net0,romfile={mac}{place}"]
+    # Where the firmware numbers its slots for hot-plugging, guests name cards after that number instead of the PCI address.
+    plain = ["-global", "PIIX4_PM.acpi-root-pci-hotplug=off"] if place and hardware.chipset is Chipset.PC else []
+    return [*plain, "-netdev", ",".join(options), "-device", f"{hardware.nic},netdev=net0,romfile={mac}{place}"]
 
 
 def _subnet(network: Network) -> tuple[str, str, str, str] | None:

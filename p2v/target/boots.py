@@ -84,6 +84,7 @@ def boot(
         with contextlib.suppress(EmulatorError):
             emulator.screenshot(screenshot)
             watch.screens.see(emulator.picture(), emulator.seconds, last=True)
+            watch.bytes_read = emulator.bytes_read()
         return Verdict(
             level=Level.BOOTS,
             result=decision.result,
@@ -223,11 +224,11 @@ class _Watch:
             evidence.screen(emulator.screen_text(picture), now)
             self.screens.see(picture, now)
             self._screened = emulator.seconds
-        counts = emulator.bytes_read()
-        if counts != self.bytes_read:
-            self.bytes_read = counts
-            evidence.progress(now)
-            self._moved = now
+            counts = emulator.bytes_read()
+            if counts != self.bytes_read:
+                self.bytes_read = counts
+                evidence.progress(now)
+                self._moved = now
         if self._heard != emulator.console.total:
             self._heard, self._moved = emulator.console.total, now
         self._measure(now)

@@ -379,7 +379,7 @@ class SerialProbe:
             return Answer(state=State.WRONG, detail="the login was refused, or no prompt of a shell came")
         # The command travels encoded: no quoting, and its echo holds no mark. base64(1) is part of coreutils and busybox.
         mark = secrets.token_hex(8)
-        script = f'echo "{mark}<"; {{ {self.command}\n}}; echo "{mark}>$?"'
+        script = f'echo "{mark}<"; ( {self.command}\n); echo "{mark}>$?"'
         encoded = base64.b64encode(script.encode()).decode()
         guest.type(f"echo {encoded} | base64 -d | sh; exit\n")
         found = _await(guest, rf"(?s){mark}<\s*(.*?)\s*{mark}>(\d+)", deadline)
