@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.backup.test_cli import Shell
+from tests.backup.shell import Shell
 from tests.p2v.boot_sector import Step, boot_disk
 from tests.requirement import needs
 
@@ -23,7 +23,7 @@ _WORKS: tuple[Step, ...] = (("serial", "\nmetal1 login: "),)
 @pytest.fixture
 def shell(tmp_path: Path) -> Shell:
     made = Shell(tmp_path)
-    made.environment |= {"TMPDIR": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "state")}
+    made.environment["TMPDIR"] = str(tmp_path)
     made("init")
     return made
 
