@@ -41,7 +41,7 @@ def debugfs(disk: Path, *commands: str, at: int = _PARTITION) -> str:
 
 def _names(disk: Path, folder: str, prefix: str) -> list[str]:
     listing = debugfs(disk, f"ls -p {folder}")
-    return [name for line in listing.splitlines() if (name := line.split("/")[5]).startswith(prefix)]
+    return [name for line in listing.splitlines() if "/" in line and (name := line.split("/")[5]).startswith(prefix)]
 
 
 def _replaced(disk: Path, path: str, change: Callable[[bytes], bytes]) -> None:
