@@ -26,7 +26,8 @@ class View:
     The sources stay the caller's. ``bytes_read`` is what was read from them through the view.
     """
 
-    def __init__(self, machine: Machine, sources: Mapping[str, BlockSource]) -> None:
+    def __init__(self, machine: Machine, sources: Mapping[str, BlockSource], *, socket: Path | None = None) -> None:
+        """``socket`` is where the server listens, instead of in a private folder below the temporary one."""
         self._disks = disks_of(machine)
         self._sources = sources
         self._counted = {disk.id: Counted(sources[disk.id]) for disk in self._disks}
@@ -35,7 +36,7 @@ class View:
         self._served: dict[str, str] = {}  # disk id -> URI of the server of its highest overlay
         self._names = {disk.id: str(number) for number, disk in enumerate(self._disks)}
         exports = {self._names[disk_id]: Cached(source, limit=_CACHE) for disk_id, source in self._counted.items()}
-        self._server = self._stack.enter_context(NbdServer(exports))
+        self._server = self._stack.enter_context(NbdServer(exports, socket=socket))
 
     @property
     def bytes_read(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from backup.cli import care, keys, points, restore, store
+from backup.cli import care, drill, keys, points, restore, store
 from backup.cli.base import app
 from p2v.cli import run_app
 
@@ -20,4 +20,4 @@ def run(arguments: Sequence[str]) -> int:
     return run_app(app, arguments)
 
 
-__all__ = ["app", "care", "keys", "main", "points", "restore", "run", "store"]
+__all__ = ["app", "care", "drill", "keys", "main", "points", "restore", "run", "store"]

@@ -2,9 +2,10 @@
 
 from p2v.emulator.acceleration import Accelerator, proven_accelerator
 from p2v.emulator.hardware import Chipset, Controller, DirectKernel, Drive, Hardware, Network, NicModel
-from p2v.emulator.machine import Emulator, create_overlay
+from p2v.emulator.machine import Emulator, Picture, create_overlay
 from p2v.emulator.monitor import Event
-from p2v.emulator.process import find_program
+from p2v.emulator.process import find_program, guarded
+from p2v.emulator.screen import png_of
 
 __all__ = [
     "Accelerator",
@@ -17,7 +18,10 @@ __all__ = [
     "Hardware",
     "Network",
     "NicModel",
+    "Picture",
     "create_overlay",
     "find_program",
+    "guarded",
+    "png_of",
     "proven_accelerator",
 ]

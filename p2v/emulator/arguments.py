@@ -108,7 +108,11 @@ def network(network: Network | None, hardware: Hardware) -> list[str]:
         options += [f"net={subnet}", f"host={router}", f"dhcpstart={guest}", f"dns={name_server}"]
     options += [f"hostfwd=tcp:127.0.0.1:0-{guest}:{port}" for port in network.forwards]
     mac = f",mac={network.mac}" if network.mac else ""
-    return ["-netdev", ",".join(options), "-device", f"{hardware.nic},netdev=net0,romfile={mac}"]
+    bus = "pcie.0" if hardware.chipset is Chipset.Q35 else "pci.0"
+    place = f",bus={bus},addr={hardware.nic_slot}" if hardware.nic_slot else ""
+    # Where the firmware numbers its slots for hot-plugging, guests name cards after that number instead of the PCI address.
+    plain = ["-global", "PIIX4_PM.acpi-root-pci-hotplug=off"] if place and hardware.chipset is Chipset.PC else []
+    return [*plain, "-netdev", ",".join(options), "-device", f"{hardware.nic},netdev=net0,romfile={mac}{place}"]
 
 
 def _subnet(network: Network) -> tuple[str, str, str, str] | None:
@@ -126,6 +130,14 @@ def _subnet(network: Network) -> tuple[str, str, str, str] | None:
     router = gateway if gateway in subnet and gateway not in taken and gateway is not None else next(free)
     name_server = next(address for address in free if address != router)
     return str(subnet), str(interface.ip), str(router), str(name_server)
+
+
+def agent(end: int) -> list[str]:
+    """The channel of QEMU's guest agent, on the socket with this file descriptor."""
+    return [
+        *("-chardev", f"socket,id=agent,fd={end}", "-device", "virtio-serial-pci"),
+        *("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"),
+    ]
 
 
 def kernel(kernel: DirectKernel | None) -> list[str]:

@@ -45,7 +45,10 @@ class NicModel(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """The kind of computer that is emulated. ``memory`` is bytes; None and 0 leave the choice to the boot."""
+    """The kind of computer that is emulated. ``memory`` is bytes; None and 0 leave the choice to the boot.
+
+    ``nic_slot`` is the network card's place on PCI bus 0, as QEMU writes it ("19", "1f.6"): guests name the card after it. "" is any.
+    """
 
     firmware: Firmware = Firmware.BIOS
     chipset: Chipset = Chipset.PC
@@ -53,6 +56,7 @@ class Hardware:
     nic: NicModel | None = NicModel.E1000
     memory: int = 0
     cpus: int = 0
+    nic_slot: str = ""
 
     def describe(self) -> str:
         """One line for a person."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -29,6 +30,9 @@ from p2v.errors import EmulatorError
 _SANDBOX = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 _MEMORY_LIMIT = 2 << 30
 _MEMORY_LEAST = 256 << 20
+
+Picture = tuple[int, int, memoryview]
+"""Width, height, and the RGB bytes row by row."""
 
 
 class Emulator:
@@ -54,12 +58,13 @@ class Emulator:
         windows: bool = False,
         stop_on_reset: bool = False,
         report: bool = False,
+        agent: bool = False,
     ) -> None:
         """``variables`` is a UEFI variable store to start from, copied; ``accelerator`` None is the proven one.
 
         ``windows`` gives the display that Windows needs. With ``stop_on_reset`` a reset by the guest halts the machine
         instead (a SHUTDOWN event with reason guest-reset), as a self-adaptation boot needs it. ``report`` adds a second serial port,
-        whose output is bounded like the console's: ``report.log`` in the folder.
+        whose output is bounded like the console's: ``report.log`` in the folder. ``agent`` adds the channel that a guest agent listens on.
         """
         self.program = find_program()
         self.accelerator = accelerator or proven_accelerator(self.program)
@@ -71,6 +76,9 @@ class Emulator:
         self._windows, self._stop_on_reset = windows, stop_on_reset
         self._report = report
         self.report: SerialConsole | None = None
+        self.agent: socket.socket | None = None
+        self._agent_peer: socket.socket | None = None
+        self._agent = agent
         self._process: subprocess.Popen[bytes] | None = None
         self._resources = contextlib.ExitStack()
         self._started = 0.0
@@ -106,6 +114,10 @@ class Emulator:
         if self._report:
             self.report = SerialConsole(self.folder / "report.log")
             self._resources.callback(self.report.close)
+        if self._agent:
+            self.agent, self._agent_peer = socket.socketpair()
+            self._resources.callback(self._agent_peer.close)
+            self._resources.callback(self.agent.close)
         self._monitor = Monitor()
         self._resources.callback(self._monitor.close)
         self._resources.callback(self._kill)
@@ -142,6 +154,9 @@ class Emulator:
         if self.report is not None:
             ends.append(self.report.peer.fileno())
             argv += ["-chardev", f"socket,id=report,fd={ends[-1]}", "-serial", "chardev:report"]
+        if self._agent_peer is not None:
+            ends.append(self._agent_peer.fileno())
+            argv += arguments.agent(ends[-1])
         self._messages = self._work / "messages"
         with self._messages.open("wb") as messages:
             self._process = self._monitor.call(
@@ -152,6 +167,8 @@ class Emulator:
         self.console.peer.close()
         if self.report is not None:
             self.report.peer.close()
+        if self._agent_peer is not None:
+            self._agent_peer.close()
         try:
             self._monitor.connect()
         except EmulatorError as error:
@@ -210,16 +227,19 @@ class Emulator:
             self.check()
             raise
 
-    def screen_text(self) -> tuple[str, ...] | None:
-        """The lines on the screen, of text mode or of a console drawn on a frame buffer; None when it cannot be read."""
-        width, height, pixels = self.picture()
+    def screen_text(self, picture: Picture | None = None) -> tuple[str, ...] | None:
+        """The lines on the screen, of text mode or of a console drawn on a frame buffer; None when it cannot be read.
+
+        ``picture`` is the screen where it was just taken: it is not taken again.
+        """
+        width, height, pixels = picture or self.picture()
         if (width, height) not in TEXT_PICTURES:
             return read_text(width, height, pixels)
         file = self._work / "text"
         self.execute("pmemsave", {"val": TEXT_ADDRESS, "size": TEXT_BYTES, "filename": str(file)})
         return decode_text(file.read_bytes())
 
-    def picture(self) -> tuple[int, int, memoryview]:
+    def picture(self) -> Picture:
         """The screen as it is now: width, height and RGB bytes."""
         file = self._work / "screen.ppm"
         self.execute("screendump", {"filename": str(file)})
@@ -251,6 +271,12 @@ class Emulator:
             if len(fields) >= 6 and fields[0] == "TCP[HOST_FORWARD]" and fields[5] == str(guest_port):
                 return int(fields[3])
         raise EmulatorError(f"port {guest_port} of the guest is not forwarded", advice="name it in Network.forwards")
+
+    def connected(self, guest_port: int) -> bool:
+        """Whether a connection through the forward of this port is taken by the guest. The forward itself takes every one."""
+        text = str(self.execute("human-monitor-command", {"command-line": "info usernet"}))
+        lines = (line.split() for line in text.splitlines())
+        return any(len(f) >= 6 and f[0] == "TCP[ESTABLISHED]" and f[5] == str(guest_port) for f in lines)
 
     def processors_dead(self) -> bool:
         """Whether every processor is halted with interrupts off: nothing will ever happen again. Only known under TCG."""

@@ -64,6 +64,7 @@ def guarded(
     *,
     pass_fds: Sequence[int] = (),
     stderr: int | IO[bytes],
+    stdout: int | IO[bytes] = subprocess.DEVNULL,
     environment: dict[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start ``argv`` so that it is killed when the calling *thread* ends; that thread must outlive the process.
@@ -74,7 +75,7 @@ def guarded(
         return subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _GUARD, str(os.getpid()), *argv],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=stdout,
             stderr=stderr,
             pass_fds=pass_fds,
             start_new_session=True,

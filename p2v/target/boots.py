@@ -18,7 +18,9 @@ from formats.machine import Machine, Nic
 from p2v.emulator import Accelerator, Drive, Emulator, Hardware, Network
 from p2v.errors import EmulatorError
 from p2v.target.evidence import Decision, Evidence, Patience, Stage
-from p2v.target.verdict import Finding, Level, Verdict
+from p2v.target.probe import AgentProbe, Probe, Probing
+from p2v.target.screens import ScreenLog
+from p2v.target.verdict import Finding, Level, Result, Verdict
 
 BootDisk = Drive
 """A disk to boot from: an NBD URI, or a path with its format."""
@@ -27,6 +29,7 @@ _POLL = 0.25  # seconds
 _SCREEN_POLL = 0.75
 _BANNER_LIMIT = 255  # RFC 4253, section 4.2
 _BUSY_SHARE = 0.2
+_PRINTED = 1 << 16  # characters of the console that probes see
 _DEAD_AFTER = 3.0  # seconds of silence before the processors are looked at
 
 
@@ -41,16 +44,19 @@ def boot(
     fuzzy: bool = False,
     variables: Path | None = None,
     findings: Sequence[Finding] = (),
+    probes: Sequence[Probe] = (),
     listen: Callable[[str], None] | None = None,
     stop: threading.Event | None = None,
 ) -> Verdict:
     """Boot ``disks`` (the boot disk first) on ``hardware`` and return the verdict. The disks are never written.
 
     machine: its record, for memory, processors, MAC and static address; None where nothing is known.
-    folder: gets ``console.log`` and ``screen.png``; None makes a new one below the temporary folder. Overlays take their room there.
+    folder: gets ``console.log``, ``screen.png`` and the screen's time line in ``screens``; None makes a new one below the
+        temporary folder. Overlays take their room there.
     patience: None is what fits the accelerator.
     fuzzy: the disks were read while they changed; a failure that this explains is ``unproven``.
     variables: UEFI variable store to start from. findings: put into the verdict first (what the hardware cannot stand for).
+    probes: asked in order once the machine has come up; the verdict passes when all are answered well.
     listen: gets a few words whenever something was seen; must not raise. stop: set by the caller, ends the boot as unproven.
 
     Raises ``EmulatorError`` when QEMU cannot be started or breaks off; what ``formats.images.probe`` raises for a path that is not
@@ -62,18 +68,23 @@ def boot(
     folder = Path(tempfile.mkdtemp(prefix="p2v-boot-")) if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     hardware, network = _for_machine(machine, hardware)
+    wanted = [*network.forwards, *(port for probe in probes for port in probe.ports)]
+    network = dataclasses.replace(network, forwards=tuple(dict.fromkeys(wanted)))
     windows = machine is not None and machine.system.family == "windows"
     disks = [_checked(disk) for disk in disks]
     with Emulator(
-        hardware, disks, folder=folder, network=network, accelerator=accelerator, variables=variables, windows=windows
-    ) as emulator:
+        hardware, disks, folder=folder, network=network, accelerator=accelerator, variables=variables, windows=windows,
+        agent=any(isinstance(probe, AgentProbe) for probe in probes),
+    ) as emulator:  # fmt: skip
         if patience is None:
             patience = Patience.emulated() if emulator.accelerator is Accelerator.TCG else Patience.accelerated()
-        watch = _Watch(emulator, Evidence(patience, fuzzy=fuzzy), listen or _ignore, stop or threading.Event())
+        watch = _Watch(emulator, Evidence(patience, fuzzy=fuzzy), listen or _ignore, stop or threading.Event(), probes)
         decision = watch.run()
         screenshot = folder / "screen.png"
         with contextlib.suppress(EmulatorError):
             emulator.screenshot(screenshot)
+            watch.screens.see(emulator.picture(), emulator.seconds, last=True)
+            watch.bytes_read = emulator.bytes_read()
         return Verdict(
             level=Level.BOOTS,
             result=decision.result,
@@ -85,6 +96,7 @@ def boot(
             bytes_read=watch.bytes_read,
             hardware=emulator.hardware.describe(),
             accelerator=emulator.accelerator.value,
+            screenshots=watch.screens.screenshots,
         )
 
 
@@ -131,9 +143,15 @@ class _Watch:
     """Looks at everything that can be seen of a running machine until the evidence decides."""
 
     def __init__(
-        self, emulator: Emulator, evidence: Evidence, listen: Callable[[str], None], stop: threading.Event
+        self,
+        emulator: Emulator,
+        evidence: Evidence,
+        listen: Callable[[str], None],
+        stop: threading.Event,
+        probes: Sequence[Probe] = (),
     ) -> None:
         self.evidence = evidence
+        self.screens = ScreenLog(emulator.folder / "screens")
         self.bytes_read: tuple[int, ...] = ()
         self._emulator = emulator
         self._listen = listen
@@ -145,6 +163,8 @@ class _Watch:
         self._moved = 0.0
         self._heard = 0
         self._screened = -_SCREEN_POLL
+        self._guest = _Guest(emulator)
+        self._probing = Probing(probes, self._guest, lambda: emulator.seconds)
 
     def run(self) -> Decision:
         """Watch until the decision."""
@@ -157,11 +177,36 @@ class _Watch:
                     self.evidence.ssh_banner(banner.text, now)
                 self._tell()
                 decision = self.evidence.decision(now, busy=self._busy)
-                if decision is not None:
-                    return decision
-                if now >= self.evidence.patience.total or self._stop.is_set():
-                    return self.evidence.expired(now)
+                if decision is not None and (decision.result is not Result.PASS or self._answered(decision, now)):
+                    return self._with_probes(decision)
+                if self._stop.is_set() or (decision is None and now >= self.evidence.patience.total):
+                    return self._with_probes(self.evidence.expired(now))
                 time.sleep(_POLL)
+
+    def _answered(self, decision: Decision, now: float) -> bool:
+        """Whether all probes of a machine that has come up are over; begins them. Each has its own time."""
+        if now - decision.seconds < self.evidence.patience.settle:
+            return False
+        self._probing.start()
+        return self._probing.done
+
+    def _with_probes(self, decision: Decision) -> Decision:
+        """The decision with what the probes were answered, where they were asked: the worst counts, and the last one's time."""
+        self._probing.stop()
+        if decision.result is not Result.PASS:
+            return decision
+        findings, seconds = list(decision.findings), decision.seconds
+        results: list[Result] = [decision.result]
+        for outcome in self._probing.outcomes:
+            results.append(outcome.result)
+            if (signal := outcome.signal()) is not None:
+                self.evidence.signals.append(signal)
+            if (finding := outcome.finding()) is not None:
+                findings.append(finding)
+            seconds = max(seconds, outcome.seconds)
+        self._tell()
+        worst = next(result for result in (Result.FAIL, Result.UNPROVEN, Result.PASS) if result in results)
+        return Decision(result=worst, seconds=seconds, findings=tuple(findings))
 
     def _look(self) -> None:
         emulator, evidence = self._emulator, self.evidence
@@ -171,15 +216,19 @@ class _Watch:
         for event in emulator.events()[self._events :]:
             self._events += 1
             self._event(event.name, event.data, emulator.since_start(event))
-        evidence.serial(emulator.console.take(), now)
+        printed = emulator.console.take()
+        self._guest.hear(printed)
+        evidence.serial(printed, now)
         if now - self._screened >= _SCREEN_POLL:
-            evidence.screen(emulator.screen_text(), now)
+            picture = emulator.picture()
+            evidence.screen(emulator.screen_text(picture), now)
+            self.screens.see(picture, now)
             self._screened = emulator.seconds
-        counts = emulator.bytes_read()
-        if counts != self.bytes_read:
-            self.bytes_read = counts
-            evidence.progress(now)
-            self._moved = now
+            counts = emulator.bytes_read()
+            if counts != self.bytes_read:
+                self.bytes_read = counts
+                evidence.progress(now)
+                self._moved = now
         if self._heard != emulator.console.total:
             self._heard, self._moved = emulator.console.total, now
         self._measure(now)
@@ -218,6 +267,38 @@ class _Watch:
         for signal in self.evidence.signals[self._told :]:
             self._listen(signal.describe())
         self._told = len(self.evidence.signals)
+
+
+class _Guest:
+    """The running machine as its probes see it."""
+
+    def __init__(self, emulator: Emulator) -> None:
+        self._emulator = emulator
+        self._printed = ""
+        self._lock = threading.Lock()
+
+    def port(self, guest_port: int) -> int:
+        return self._emulator.forwarded_port(guest_port)
+
+    def connected(self, guest_port: int) -> bool:
+        return self._emulator.connected(guest_port)
+
+    def hear(self, text: str) -> None:
+        with self._lock:
+            self._printed = (self._printed + text)[-_PRINTED:]
+
+    def type(self, text: str) -> None:
+        with self._lock:
+            self._printed = ""  # what comes now answers this
+        self._emulator.console.send(text.encode())
+
+    def printed(self) -> str:
+        with self._lock:
+            return self._printed
+
+    @property
+    def agent(self) -> socket.socket | None:
+        return self._emulator.agent
 
 
 @dataclass(slots=True)

@@ -66,6 +66,16 @@ _TIMED_WAIT = re.compile(
 )
 
 
+# systemd's status lines (manager.c, unit.c, job.c) of what did not come up.
+_FAILED_UNIT = re.compile(
+    r"\[(?:FAILED|DEPEND| TIME )\] (?:Failed to (?:start|mount|activate|listen on)|Dependency failed for|Timed out waiting for device) "
+    r"(\S.{0,100}?)\.*$"
+)
+_FAILED_UNITS_MOST = 4
+_STOPPED = frozenset({"emergency-mode", "maintenance-shell"})
+"""Failure classes that failed units explain."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
     """How long a boot may take, in seconds.
@@ -109,6 +119,7 @@ class _Sighting:
     last: float
     boot: int  # how many resets came before the last sighting
     evidence: str
+    reason: str = ""  # what the line itself says of the cause
     count: int = 1
 
 
@@ -131,6 +142,7 @@ class Evidence:
         self._screen: Counter[str] = Counter()
         self._last_lines: dict[str, str] = {}
         self._timed_wait = False
+        self._failed_units: list[str] = []
 
     # -- observations ----------------------------------------------------------------------------------------------
 
@@ -190,15 +202,16 @@ class Evidence:
         if self._looping:
             self.failure("reboot-loop", now, f"{self._resets} resets")
 
-    def failure(self, code: str, now: float, evidence: str = "") -> None:
-        """A failure class was seen, on the console or otherwise."""
+    def failure(self, code: str, now: float, evidence: str = "", reason: str = "") -> None:
+        """A failure class was seen, on the console or otherwise; ``reason`` is what was said of its cause."""
         known = self._sightings.get(code)
         if known is None:
             text = evidence.strip()[:_SIGNAL_LIMIT]
             self._sightings[code] = _Sighting(
-                failure=BY_CODE[code], first=now, last=now, boot=self._resets, evidence=text
+                failure=BY_CODE[code], first=now, last=now, boot=self._resets, evidence=text, reason=reason.strip()
             )
         else:
+            known.reason = known.reason or reason.strip()
             known.last, known.boot, known.count = now, self._resets, known.count + 1
 
     def _line(self, stream: str, line: str, now: float) -> None:
@@ -206,9 +219,13 @@ class Evidence:
         if not line.strip():
             return
         self._last_lines[stream] = line
-        failures = [failure for failure in FAILURES if failure.pattern is not None and failure.pattern.search(line)]
-        for failure in failures:
-            self.failure(failure.code, now, line)
+        matches = [(f, f.pattern.search(line)) for f in FAILURES if f.pattern is not None]
+        failures = [(failure, match) for failure, match in matches if match is not None]
+        for failure, match in failures:
+            self.failure(failure.code, now, line, next(filter(None, match.groupdict().values()), ""))
+        unit = _FAILED_UNIT.search(line)
+        if unit is not None and unit[1] not in self._failed_units and len(self._failed_units) < _FAILED_UNITS_MOST:
+            self._failed_units.append(unit[1])
         for code, stage, pattern in () if failures else _MILESTONES:
             if pattern.search(line):
                 self._advanced = now if code in _RECOVERED else self._advanced
@@ -304,10 +321,17 @@ class Evidence:
             yield Finding(
                 code=failure.code,
                 severity=Severity.WARNING if overcome else Severity.ERROR,
-                message=failure.message,
+                message=self._message(sighting),
                 fix=failure.fix,
                 evidence=sighting.evidence,
             )
+
+    def _message(self, sighting: _Sighting) -> str:
+        """What happened, with the cause where the console told it."""
+        cause = sighting.reason
+        if sighting.failure.code in _STOPPED and self._failed_units:
+            cause = f"{', '.join(self._failed_units)} failed"
+        return f"{sighting.failure.message}: {cause}" if cause else sighting.failure.message
 
     def _doubt(self) -> Finding | None:
         if "source-read-error" in self._sightings:

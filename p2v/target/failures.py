@@ -24,8 +24,9 @@ class Weight(Enum):
 class FailureClass:
     """One way to fail. ``pattern`` is searched in single lines of the console; None: seen otherwise.
 
-    ``inconsistency`` says that a copy of a file system that was being written explains it too. ``settle`` is by how much longer than
-    usual it must stand: GRUB goes on by itself some seconds after an error, perhaps with a fallback entry.
+    What a group of the pattern matches is the cause: the finding's message ends with it. ``inconsistency`` says that a copy of a file
+    system that was being written explains it too. ``settle`` is by how much longer than usual it must stand: GRUB goes on by itself some
+    seconds after an error, perhaps with a fallback entry.
     """
 
     code: str
@@ -69,7 +70,7 @@ FAILURES: tuple[FailureClass, ...] = (
         "no-bootable-device",
         Weight.DEAD_END,
         r"No bootable device|No bootable option or device was found|Reboot and Select proper Boot device|"
-        r"FATAL: No bootable medium",
+        r"FATAL: No bootable medium|INT ?18h?: ?BOOT FAILURE|Boot Failure\. Press any key",
         "the firmware found nothing to boot",
         _LOADER_FIX,
     ),
@@ -170,7 +171,7 @@ FAILURES: tuple[FailureClass, ...] = (
     _class(
         "kernel-panic",
         Weight.FATAL,
-        r"Kernel panic - not syncing|end Kernel panic",
+        r"(?:end )?Kernel panic - not syncing(?:: (?P<reason>[^\]]{1,120}))?",
         "the kernel panicked",
         "see the line; when it names the root file system or init, the initramfs lacks a driver or the root is not found",
     ),
@@ -251,8 +252,8 @@ FAILURES: tuple[FailureClass, ...] = (
     _class(
         "mount-failed",
         Weight.CAUSE,
-        r"\[FAILED\] Failed to mount|Timed out waiting for device|Dependency failed for (?:/|Local File)|"
-        r"[Mm]ount of filesystem failed",
+        r"\[FAILED\] Failed to mount (?P<reason>\S.{0,80}?)\.?$|Timed out waiting for device (?P<device>\S.{0,120}?)\.?$|"
+        r"Dependency failed for (?:/|Local File)|[Mm]ount of filesystem failed",
         "a file system of /etc/fstab was not mounted",
         "name file systems by UUID in /etc/fstab, mark what the target does not have as nofail, include all disks",
         inconsistency=True,
@@ -292,6 +293,30 @@ FAILURES: tuple[FailureClass, ...] = (
         inconsistency=True,
     ),
     # -- Windows --
+    _class(
+        "windows-stop",
+        Weight.FATAL,
+        r"(?i)\*\*\* STOP: 0x0*(?!7b\b)[0-9a-f]{2,8}|Stop code: (?!INACCESSIBLE)[A-Z_]{4,}",
+        "Windows stopped with a blue screen",
+        "look the stop code up; after a move it is mostly a driver of the old hardware: disable it in safe mode on the source",
+        inconsistency=True,
+    ),
+    _class(
+        "windows-no-boot-disk",
+        Weight.FATAL,
+        r"(?i)STOP: 0x0*7b\b|INACCESSIBLE[_ ]BOOT[_ ]DEVICE",
+        "Windows does not find the disk that it starts from (stop code 0x7B)",
+        "have the driver of the target's disk controller start at boot (Start=0 of its service) before the move, or choose a bus"
+        " that Windows drives already (SATA, IDE)",
+    ),
+    _class(
+        "bitlocker-recovery",
+        Weight.WAITING,
+        r"(?i)bitlocker (?:drive encryption )?(?:recovery|needs your recovery key)|enter the (?:recovery key|password|PIN) "
+        r"(?:for|to unlock) this drive",
+        "BitLocker asks for its recovery key: the new hardware has another TPM, or none",
+        "suspend BitLocker on the source before the move (manage-bde -protectors -disable C:), or keep the recovery key at hand",
+    ),
     _class(
         "windows-loader",
         Weight.DEAD_END,

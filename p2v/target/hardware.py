@@ -7,7 +7,8 @@ that the guest's own system drives stands in and a finding says so: the verdict 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from formats.errors import UsageError
 from formats.machine import Bus, Firmware, Machine
@@ -142,3 +143,54 @@ def _stand_ins(platform: str, kind: _Kind) -> list[Finding]:
             fix="make sure that the guest's initramfs holds the drivers named here; the boot on the emulation does not prove them",
         )
     ]
+
+
+def own_hardware(machine: Machine) -> EmulatedPlatform:
+    """Hardware as near to the machine's own as QEMU has it: its initramfs may hold the drivers of that alone.
+
+    What the record does not say, or QEMU does not have, is a virtual machine's usual device.
+    """
+    disk = next((disk for disk in machine.disks if disk.id == machine.boot.disk), None) or next(
+        iter(machine.disks), None
+    )
+    drivers = {nic.driver for nic in machine.nics}
+    card = next((model for driver, model in _CARDS.items() if driver in drivers), None)
+    bus = disk.bus if disk is not None and disk.bus is not Bus.UNKNOWN else None
+    target = platform_hardware("qemu", machine, bus=bus, nic=card)
+    controller = _BY_DRIVER.get(disk.driver) if disk is not None else None
+    hardware = replace(target.hardware, controller=controller or target.hardware.controller)
+    main = min(machine.nics, key=lambda nic: (not nic.gateway, not nic.up, not nic.addresses), default=None)
+    slot = _slot(main.name, hardware.chipset) if main is not None else ""
+    return replace(target, hardware=replace(hardware, nic_slot=slot))
+
+
+def _slot(name: str, chipset: Chipset) -> str:
+    """The PCI slot that a card on bus 0 is named after (systemd.net-naming-scheme(7)): there it keeps its name and its settings.
+
+    Slots below 8 are the board's own or given out by QEMU itself; the functions of slot 31 are on a Q35 alone, beside its own devices.
+    """
+    found = re.fullmatch(r"enp0s(\d+)(?:f(\d))?", name)
+    if found is None:
+        return ""
+    slot, function = int(found[1]), int(found[2] or 0)
+    if chipset is Chipset.Q35 and slot == 31:
+        return f"1f.{function}" if function in (1, 4, 6, 7) else ""
+    return f"{slot:x}" if 8 <= slot < (27 if chipset is Chipset.Q35 else 32) and not function else ""
+
+
+# Linux drivers of network cards and of disk controllers that QEMU has; not those of a bus that `platform_hardware` knows by name.
+_CARDS = {
+    "virtio_net": NicModel.VIRTIO,
+    "e1000": NicModel.E1000,
+    "e1000e": NicModel.E1000E,
+    "vmxnet3": NicModel.VMXNET3,
+    "8139cp": NicModel.RTL8139,
+    "pcnet32": NicModel.PCNET,
+    "tulip": NicModel.TULIP,
+}
+_BY_DRIVER = {
+    "vmw_pvscsi": Controller.PVSCSI,
+    "megaraid_sas": Controller.MEGASAS,
+    "mptsas": Controller.MPTSAS1068,
+    "sym53c8xx": Controller.LSI53C895A,
+}

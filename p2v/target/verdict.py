@@ -64,11 +64,20 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Screenshot:
+    """The screen at one moment; ``seconds`` since the start, ``path`` a PNG file."""
+
+    seconds: float
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """The result of one boot or check.
 
     ``seconds`` is the time from the start to the signal that decided; ``console`` and ``screenshot`` are paths, "" where there is none.
-    ``bytes_read`` is what the machine read of each disk, in the order of the disks; ``hardware`` what was emulated.
+    ``bytes_read`` is what the machine read of each disk, in the order of the disks; ``hardware`` what was emulated. ``screenshots`` are the
+    screen's time line, ``screenshot`` its end.
     """
 
     level: Level
@@ -81,6 +90,7 @@ class Verdict:
     bytes_read: tuple[int, ...] = ()
     hardware: str = ""
     accelerator: str = ""
+    screenshots: tuple[Screenshot, ...] = ()
 
     @property
     def reason(self) -> str:

@@ -17,7 +17,7 @@ LOGIN = "Debian GNU/Linux 12 metal1 ttyS0\r\n\r\nmetal1 login: "
 
 # One line as its program prints it, for each class that is known by its text.
 SAMPLES = {
-    "no-bootable-device": ["No bootable device.", "BdsDxe: No bootable option or device was found."],
+    "no-bootable-device": ["No bootable device.", "FATAL: INT18: BOOT FAILURE", "BdsDxe: No bootable option or device was found."],
     "boot-record-empty": ["Boot failed: not a bootable disk"],
     "no-operating-system": ["Missing operating system.", "Operating system not found", "Error loading operating system"],
     "uefi-shell": ["UEFI Interactive Shell v2.2", "Shell> "],
@@ -46,6 +46,9 @@ SAMPLES = {
     "rescue-mode": ["You are in rescue mode. After logging in, type"],
     "maintenance-shell": ["Give root password for maintenance", "Press Enter for maintenance"],
     "init-missing": ["No init found. Try passing init= bootarg."],
+    "windows-stop": ["*** STOP: 0x0000007E (0xFFFFFFFFC0000005)", "Stop code: CRITICAL_PROCESS_DIED"],
+    "windows-no-boot-disk": ["*** STOP: 0x0000007B (0xF78D2524,0xC0000034,0x00000000)", "Stop code: INACCESSIBLE_BOOT_DEVICE"],
+    "bitlocker-recovery": ["BitLocker recovery", "Enter the recovery key for this drive", "Enter the password to unlock this drive"],
     "windows-loader": ["BOOTMGR is missing", "A disk read error occurred"],
 }  # fmt: skip
 
@@ -291,3 +294,36 @@ def test_a_text_screen_is_decoded() -> None:
     assert decode_text(memory) == (line, *[""] * 24)
     assert decode_text(bytes(range(256)) * 16) is None
     assert decode_text(bytes(TEXT_BYTES)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "says"),
+    [
+        ("Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)\n", "kernel-panic", "unknown-block(0,0)"),
+        ("---[ end Kernel panic - not syncing: No working init found. ]---\n", "kernel-panic", "No working init found"),
+        (
+            "[ TIME ] Timed out waiting for device dev-disk-by\\x2duuid-11.device - /dev/disk/by-uuid/11.\n"
+            "[DEPEND] Dependency failed for data.mount - /data.\n"
+            "You are in emergency mode. After logging in, type \"journalctl -xb\"\n",
+            "emergency-mode",
+            "data.mount - /data failed",
+        ),
+        ("[FAILED] Failed to mount srv.mount - /srv.\nGive root password for maintenance\n", "maintenance-shell", "/srv failed"),
+        ("[FAILED] Failed to mount srv.mount - /srv.\nYou are in emergency mode.\n", "mount-failed", "srv.mount - /srv"),
+    ],
+)  # fmt: skip
+def test_a_failure_says_its_cause(text: str, code: str, says: str) -> None:
+    evidence = Evidence(PATIENCE)
+    evidence.serial(text, 1.0)
+    decision = decided(evidence.decision(60.0))
+    [message] = [finding.message for finding in decision.findings if finding.code == code]
+    assert says in message
+
+
+def test_units_that_print_without_end_are_bounded() -> None:
+    evidence = Evidence(PATIENCE)
+    for number in range(1000):
+        evidence.serial(f"[FAILED] Failed to start unit {number}.\n", 1.0)
+    evidence.serial("You are in emergency mode.\n", 2.0)
+    decision = decided(evidence.decision(60.0))
+    assert all(len(finding.message) < 1000 for finding in decision.findings)
