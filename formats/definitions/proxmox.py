@@ -10,7 +10,16 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from formats.definitions import DEFAULT_MEMORY, PLATFORMS, DefinedDisk, Definition, Hardware, ordered
-from formats.definitions.text import display_name, file_stem, mac_of, memory_of, serial_of, topology_of, uuid_of
+from formats.definitions.text import (
+    bridge_name,
+    display_name,
+    file_stem,
+    mac_of,
+    memory_of,
+    serial_of,
+    topology_of,
+    uuid_of,
+)
 from formats.errors import UsageError
 from formats.machine import Bus, Firmware, Machine
 
@@ -25,7 +34,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 command -v qm >/dev/null || {{ echo "qm is missing: this script runs on a node of Proxmox VE" >&2; exit 1; }}
 id=${{1:-$(pvesh get /cluster/nextid)}}
 storage=${{2:-local-lvm}}
-bridge=${{BRIDGE:-{bridge}}}
+bridge={bridge}
+[ -z "${{BRIDGE:-}}" ] || bridge=$BRIDGE
 for disk in {disks}; do
     [ -f "$here/$disk" ] || {{ echo "$here/$disk is missing" >&2; exit 1; }}
 done
@@ -40,7 +50,7 @@ def render(machine: Machine, disks: Sequence[DefinedDisk], hardware: Hardware, *
     main = f"{file_stem(machine.name)}{PLATFORMS['proxmox'].suffix}"
     head = _HEAD.format(
         main=main,
-        bridge=shlex.quote(hardware.network) if hardware.network else "vmbr0",
+        bridge=bridge_name(hardware.network, "vmbr0"),
         disks=" ".join(shlex.quote(disk.file) for disk in ordered(disks)),
     )
     return Definition(

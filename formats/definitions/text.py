@@ -36,6 +36,11 @@ def file_stem(name: str) -> str:
     return _UNSAFE.sub("-", name).strip("-.")[:64].rstrip("-.") or "machine"
 
 
+def bridge_name(name: str, usual: str) -> str:
+    """The name of a network bridge among a program's options: what a Linux interface may be called, else ``usual``."""
+    return "".join(c for c in name if c.isascii() and (c.isalnum() or c in "._-"))[:15] or usual
+
+
 def display_name(name: str) -> str:
     """The machine's name on one line: without control characters and what XML cannot hold, at most 80 characters."""
     kept = "".join(c if c.isprintable() and c not in "/\ufffe\uffff" else " " for c in name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from formats.definitions import DEFAULT_MEMORY, PLATFORMS, DefinedDisk, Definition, Hardware, ordered
-from formats.definitions.text import display_name, file_stem, mac_of, memory_of, uuid_of
+from formats.definitions.text import bridge_name, display_name, file_stem, mac_of, memory_of, uuid_of
 from formats.machine import Firmware, Machine
 
 
@@ -47,7 +47,7 @@ def _lines(machine: Machine, disks: Sequence[DefinedDisk], hardware: Hardware, f
     yield "vif = ["
     for nic in machine.nics:
         mac = f"mac={mac_of(nic.mac)}," if mac_of(nic.mac) else ""
-        bridge = "".join(c for c in hardware.network if c.isalnum() or c in "._-") or "xenbr0"
+        bridge = bridge_name(hardware.network, "xenbr0")
         yield f"    {quoted(f'{mac}bridge={bridge},model={hardware.nic}')},"
     yield "]"
     yield 'boot = "c"'

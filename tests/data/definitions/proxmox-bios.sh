@@ -6,7 +6,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 command -v qm >/dev/null || { echo "qm is missing: this script runs on a node of Proxmox VE" >&2; exit 1; }
 id=${1:-$(pvesh get /cluster/nextid)}
 storage=${2:-local-lvm}
-bridge=${BRIDGE:-vmbr0}
+bridge=vmbr0
+[ -z "${BRIDGE:-}" ] || bridge=$BRIDGE
 for disk in metal1.qcow2 metal1-data.qcow2; do
     [ -f "$here/$disk" ] || { echo "$here/$disk is missing" >&2; exit 1; }
 done

@@ -42,6 +42,7 @@ MODERN = replace(
 FORMATS = {
     "proxmox": "qcow2",
     "vsphere": "vmdk",
+    "virtualbox": "vdi",
     "xen": "qcow2",
     "qemu": "qcow2",
     "libvirt": "qcow2",
@@ -75,6 +76,12 @@ CHOICES: dict[str, tuple[str, Machine, Hardware]] = {
         "vsphere",
         MODERN,
         Hardware(bus=Bus.NVME, nic="vmxnet3", firmware=Firmware.UEFI, secure_boot=True, network="LAN"),
+    ),
+    "virtualbox-bios": ("virtualbox", METAL, Hardware(bus=Bus.IDE, nic="e1000")),
+    "virtualbox-uefi": (
+        "virtualbox",
+        MODERN,
+        Hardware(bus=Bus.SATA, nic="virtio", firmware=Firmware.UEFI, network="eth0"),
     ),
     "xen-bios": ("xen", METAL, Hardware(bus=Bus.XEN, nic="e1000")),
     "xen-uefi": ("xen", MODERN, Hardware(bus=Bus.XEN, nic="rtl8139", firmware=Firmware.UEFI, network="br0")),

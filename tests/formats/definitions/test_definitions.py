@@ -49,7 +49,9 @@ def test_a_definition_is_the_kept_one(name: str) -> None:
     kept = FOLDER / (name + Path(definition.main).suffix)
     assert definition.files[definition.main] == kept.read_bytes().decode("utf-8")
     assert list(definition.files) == [definition.main]
-    assert definition.scripts == ({definition.main} if name.startswith(("qemu", "proxmox")) else frozenset())
+    assert definition.scripts == (
+        {definition.main} if name.startswith(("qemu", "proxmox", "virtualbox")) else frozenset()
+    )
 
 
 def test_the_table_fits_together() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,36 +11,18 @@ from hypothesis import HealthCheck, given, settings
 from formats.definitions import DefinedDisk, Hardware, render
 from formats.errors import UsageError
 from formats.machine import Bus
+from tests.formats.definitions.program import asked_of
 from tests.formats.definitions.sample import METAL, MODERN, disks_of
 from tests.formats.definitions.test_definitions import NAMES
 
-QM = """#!/bin/sh
-for word in qm "$@"; do printf '%s\\0' "$word"; done >>"$LOG"; printf '\\n' >>"$LOG"
-case "$FAIL" in "$1") exit 1;; esac
-"""
+PROGRAMS = {"pvesh": "#!/bin/sh\necho 123\n"}
 
 
 def commands(
     folder: Path, text: str, disks: list[DefinedDisk], *words: str, fail: str = "", code: int = 0
 ) -> list[list[str]]:
     """What the script asks of qm."""
-    programs, place = folder / "bin", folder / "a folder"
-    for made in (programs, place):
-        made.mkdir(exist_ok=True)
-    for name, content in (("qm", QM), ("pvesh", "#!/bin/sh\necho 123\n")):
-        (programs / name).write_text(content)
-        (programs / name).chmod(0o755)
-    for disk in disks:
-        (place / disk.file).touch()
-    (place / "machine.sh").write_text(text)
-    log = folder / "log"
-    log.write_bytes(b"")
-    environment = {"PATH": f"{programs}:/usr/bin:/bin", "LOG": str(log), "FAIL": fail}
-    ran = subprocess.run(
-        ["sh", place / "machine.sh", *words], env=environment, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == code, ran.stderr
-    return [line.decode().rstrip("\0").split("\0") for line in log.read_bytes().split(b"\0\n") if line]
+    return asked_of("qm", folder, text, disks, *words, fail=fail, code=code, programs=PROGRAMS)
 
 
 def test_it_makes_the_machine(tmp_path: Path) -> None:
@@ -81,12 +62,15 @@ def test_a_missing_disk_is_said_before_anything_is_made(tmp_path: Path) -> None:
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=NAMES, network=NAMES)
-def test_names_are_data_and_never_syntax(tmp_path: Path, name: str, network: str) -> None:
+@pytest.mark.parametrize("suffix", ["", "}", "'}`id`"])
+def test_names_are_data_and_never_syntax(tmp_path: Path, suffix: str, name: str, network: str) -> None:
     disks = disks_of("proxmox")
-    hardware = Hardware(bus=Bus.SATA, nic="e1000", network=network)
-    definition = render("proxmox", replace(METAL, name=name), disks, hardware)
+    hardware = Hardware(bus=Bus.SATA, nic="e1000", network=network + suffix)
+    definition = render("proxmox", replace(METAL, name=name + suffix), disks, hardware)
     asked = commands(tmp_path, definition.files[definition.main], disks)
     assert [words[1] for words in asked] == ["create", "set", "set", "set"]
+    card = asked[0][asked[0].index("--net0") + 1]
+    assert card.count(",") == 1 and card.startswith("e1000=52:54:00:A1:00:01,bridge=")
 
 
 def test_a_disk_that_qm_cannot_name() -> None:
