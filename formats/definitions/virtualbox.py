@@ -1,4 +1,4 @@
-"""VirtualBox: a shell script of `VBoxManage` commands. Its own .vbox file has to state UUIDs that lie in the disks, and is its own to write.
+"""VirtualBox: a shell script of `VBoxManage` commands. Its own .vbox file states UUIDs that lie in the disks, and is its own to write.
 
 Facts: VirtualBox user manual, chapter "VBoxManage". ``unregistervm --delete`` removes the disks that are attached too, so a failed run
 unregisters only. One controller takes all disks.
