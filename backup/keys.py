@@ -131,7 +131,9 @@ def from_paper(text: str) -> Keyring | None:
         raw = base64.b32decode(packed + "=" * (-len(packed) % 8))
     except binascii.Error:
         raw = b""
-    if len(raw) != 36 or blake3(raw[:32]).digest()[:4] != raw[32:]:
+    # The last letter has two bits to spare: only the form that was printed is taken.
+    canonical = base64.b32encode(raw).decode().rstrip("=") == packed
+    if not canonical or len(raw) != 36 or blake3(raw[:32]).digest()[:4] != raw[32:]:
         raise WrongPasswordError(
             "the paper key is mistyped: its check digits do not fit",
             advice="Compare it with the paper, letter by letter.",
