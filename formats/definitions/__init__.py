@@ -386,8 +386,10 @@ def _validate_disk(profile: PlatformProfile, disk: DefinedDisk, hardware: Hardwa
             subject=disk.file,
         )
     if disk.size > profile.formats[disk.format]:
+        larger = [name for name in names if profile.formats[name] >= disk.size]
         raise ImageUnsupportedError(
             f"a disk of {disk.size} bytes is larger than {disk.format} takes there ({profile.formats[disk.format]})",
+            advice=f"use {' or '.join(larger)}" if larger else "",
             subject=disk.file,
         )
     if disk.logical_sector not in (512, 4096):

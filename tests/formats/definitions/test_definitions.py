@@ -301,3 +301,13 @@ def test_a_name_of_another_script_survives() -> None:
         text = definition.files[definition.main]
         assert "M\u00fcller \u4e2d\u6587" in text
         assert text.startswith("\ufeff") == (platform == "hyperv")
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "advice"), [("hyperv", "vhd", "vhdx"), ("virtualbox", "vhd", "vdi"), ("vsphere", "vmdk", "")]
+)
+def test_too_large_a_disk_is_told_what_the_platform_takes_instead(platform: str, kind: str, advice: str) -> None:
+    disk = DefinedDisk(file=f"a.{kind}", format=kind, size=(3 if advice else 63) << 40)
+    with pytest.raises(ImageUnsupportedError, match="larger than") as caught:
+        validate(platform, METAL, [disk], PLATFORMS[platform].default_hardware(METAL))
+    assert caught.value.advice == (f"use {advice}" if advice else "")
