@@ -1,9 +1,9 @@
 """vSphere: an OVF descriptor beside its streamOptimized disks, for `ovftool` and the vSphere client.
 
 Facts: DMTF DSP0243 (OVF 1.1), and the values that VMware's importers accept; the default devices are VMware's own, which other importers
-need not know. What is VMware's alone is optional (``vmw:`` elements are ``required="false"``), and memory is in units of 2^20 bytes. There is
-no manifest: it is optional, and a descriptor that is edited afterwards, as they often are, would no longer fit it. Elements of an item are
-in the order of the CIM schema, which is that of the alphabet.
+need not know. What is VMware's alone is optional (``vmw:`` elements are ``required="false"``), and memory is in units of 2^20 bytes.
+There is no manifest: it is optional, and a descriptor that is edited afterwards, as they often are, would no longer fit it. Elements of
+an item are in the order of the CIM schema, which is that of the alphabet.
 """
 
 from __future__ import annotations
